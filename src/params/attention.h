@@ -1,0 +1,75 @@
+// Parameters of the three attention branches. They differ in their mask alone.
+#pragma once
+#include "params/common.h"
+
+namespace fsattn {
+
+// Query t sees compressed key i iff t >= i * kernel_stride + kernel_size - 1 and i < C of its sequence.
+// The keys of sequence b are rows cu_cmp[b] .. cu_cmp[b + 1] - 1; Packing::cu_k still holds the
+// lengths in tokens, which positions are derived from.
+struct CompressedMask {
+  const int32_t* cu_cmp;  // [batch + 1]
+  int64_t total_cmp;      // rows of k and v
+  int64_t kernel_size;
+  int64_t kernel_stride;
+};
+
+// Query t sees key j iff block j / block_size is in its row of topk_idx and j <= t. A row is a set.
+struct SelectedMask {
+  const int32_t* topk_idx;  // [Hkv, total_q, topk], last dimension contiguous
+  int64_t head_stride;
+  int64_t token_stride;
+  int64_t topk;
+  int64_t block_size;
+  BlockIndexView index;  // absent: the backend builds it in its scratch memory when it needs one
+};
+
+// Query t sees key j iff t - window_size <= j <= t.
+struct WindowMask {
+  int64_t window_size;
+};
+
+struct AttnFwdTensors {
+  Packing packing;
+  AttnShape shape;
+  Rows q, k, v;
+  Rows o;
+  Stats lse;  // natural logarithm; -inf where a query sees no key
+};
+
+struct AttnBwdTensors {
+  Packing packing;
+  AttnShape shape;
+  Rows dout;
+  Stats dlse;  // gradient that arrives at lse; data is null when there is none
+  Rows q, k, v, o;
+  Stats lse;
+  Rows dq, dk, dv;
+  bool accumulate_dq;   // add to what dq holds instead of overwriting it
+  bool accumulate_dkv;  // likewise dk and dv
+};
+
+template <class Mask>
+struct AttnFwdParams {
+  AttnFwdTensors attn;
+  Mask mask;
+  size_t workspace_cap;  // selected attention only: partial results are chunked to stay under it
+  Scratch scratch;
+};
+
+template <class Mask>
+struct AttnBwdParams {
+  AttnBwdTensors attn;
+  Mask mask;
+  size_t workspace_cap;
+  Scratch scratch;
+};
+
+using CompressedAttnFwdParams = AttnFwdParams<CompressedMask>;
+using CompressedAttnBwdParams = AttnBwdParams<CompressedMask>;
+using SelectedAttnFwdParams = AttnFwdParams<SelectedMask>;
+using SelectedAttnBwdParams = AttnBwdParams<SelectedMask>;
+using WindowAttnFwdParams = AttnFwdParams<WindowMask>;
+using WindowAttnBwdParams = AttnBwdParams<WindowMask>;
+
+}  // namespace fsattn

@@ -1,0 +1,27 @@
+// What run/ knows of a backend: one function an operator and pass. `row` is the index into the
+// operator's kernel table (plan/<op>_table.h); the CPU backend ignores it.
+#pragma once
+#include "params/attention.h"
+#include "params/compress_kv.h"
+#include "params/gate.h"
+#include "params/select_blocks.h"
+
+namespace fsattn {
+
+struct Backend {
+  const char* name;
+  void (*compress_kv_fwd)(int row, const CompressKvFwdParams&, Stream);
+  void (*compress_kv_bwd)(int row, const CompressKvBwdParams&, Stream);
+  void (*compressed_attn_fwd)(int row, const CompressedAttnFwdParams&, Stream);
+  void (*compressed_attn_bwd)(int row, const CompressedAttnBwdParams&, Stream);
+  void (*select_blocks)(int row, const SelectBlocksParams&, Stream);
+  void (*block_index)(int row, const BlockIndexParams&, Stream);
+  void (*selected_attn_fwd)(int row, const SelectedAttnFwdParams&, Stream);
+  void (*selected_attn_bwd)(int row, const SelectedAttnBwdParams&, Stream);
+  void (*window_attn_fwd)(int row, const WindowAttnFwdParams&, Stream);
+  void (*window_attn_bwd)(int row, const WindowAttnBwdParams&, Stream);
+  void (*gate_fwd)(int row, const GateFwdParams&, Stream);
+  void (*gate_bwd)(int row, const GateBwdParams&, Stream);
+};
+
+}  // namespace fsattn
