@@ -1,0 +1,28 @@
+# Sets FSATTN_WITH_CUDA from the option FSATTN_CUDA and enables the CUDA language when it is on.
+set(FSATTN_WITH_CUDA OFF)
+if(FSATTN_CUDA STREQUAL "OFF")
+  return()
+endif()
+
+include(CheckLanguage)
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  # Every object library names its own architectures; this is what the compiler check uses.
+  set(CMAKE_CUDA_ARCHITECTURES 80-real)
+endif()
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(FSATTN_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "FSATTN_CUDA=ON, but no CUDA compiler was found; set CMAKE_CUDA_COMPILER")
+  endif()
+  message(STATUS "fsattn: no CUDA compiler found, building the CPU backend alone")
+  return()
+endif()
+if(NOT EXISTS ${PROJECT_SOURCE_DIR}/src/cuda/CMakeLists.txt)
+  message(STATUS "fsattn: no CUDA backend in this tree, building the CPU backend alone")
+  return()
+endif()
+
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(FSATTN_WITH_CUDA ON)
+message(STATUS "fsattn: building the CUDA backend with ${CMAKE_CUDA_COMPILER}")
