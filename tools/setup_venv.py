@@ -14,6 +14,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 import urllib.request
 import venv
 
@@ -29,7 +30,7 @@ def download_pip(folder: pathlib.Path) -> pathlib.Path:
     """Downloads the newest pip wheel and checks it against the digest that the index states."""
     files = json.loads(fetch(PIP_INDEX))["urls"]
     wheel = next(f for f in files if f["packagetype"] == "bdist_wheel")
-    data = fetch(wheel["url"])
+    data = fetch(urllib.parse.urljoin(PIP_INDEX, wheel["url"]))
     found = hashlib.sha256(data).hexdigest()
     if found != wheel["digests"]["sha256"]:
         raise SystemExit(f"pip wheel: sha256 must be {wheel['digests']['sha256']}, found {found}")
