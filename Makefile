@@ -22,7 +22,7 @@ setup: $(STAMP)
 .PHONY: build setup
 build: $(STAMP)
 	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFSATTN_BUILD_TESTS=ON \
-	  -DFSATTN_BUILD_TORCH=ON -DPython_EXECUTABLE=$(abspath $(PY))
+	  -DFSATTN_BUILD_TORCH=ON -DPython_EXECUTABLE=$(abspath $(PY)) $(CMAKE_ARGS)
 	cmake --build $(BUILD) -j $(JOBS)
 
 demo: build
