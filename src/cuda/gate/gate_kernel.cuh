@@ -14,44 +14,15 @@
 #pragma once
 #include "base/cuda_check.h"
 #include "base/math.h"
-#include "cuda/device/element.cuh"
 #include "cuda/device/math.cuh"
+#include "cuda/device/vector.cuh"
 #include "cuda/gate/gate.h"
 
 namespace fsattn {
 namespace device {
 
 inline constexpr int kGateThreads = 256;
-inline constexpr int kGateVector = 8;  // elements of one 16-byte access
 inline constexpr int kBranches = 3;
-
-template <class Element>
-struct GateVector {
-  float x[kGateVector];
-
-  __device__ static GateVector load(const Rows& rows, int64_t token, int64_t head, int64_t column) {
-    const Element* from = static_cast<const Element*>(rows.data) + token * rows.token_stride +
-                          head * rows.head_stride + column;
-    const uint4 raw = *reinterpret_cast<const uint4*>(from);
-    const uint32_t pairs[] = {raw.x, raw.y, raw.z, raw.w};
-    GateVector v;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = unpack_pair<Element>(pairs[i]);
-      v.x[2 * i] = pair.x;
-      v.x[2 * i + 1] = pair.y;
-    }
-    return v;
-  }
-
-  __device__ void store(const Rows& rows, int64_t token, int64_t head, int64_t column) const {
-    Element* to = static_cast<Element*>(rows.data) + token * rows.token_stride +
-                  head * rows.head_stride + column;
-    const uint4 raw{pack_pair<Element>(x[0], x[1]), pack_pair<Element>(x[2], x[3]),
-                    pack_pair<Element>(x[4], x[5]), pack_pair<Element>(x[6], x[7])};
-    *reinterpret_cast<uint4*>(to) = raw;
-  }
-};
 
 // The three gates of one row after their activation.
 template <class Element>
@@ -71,23 +42,23 @@ __global__ void __launch_bounds__(kGateThreads)
     gate_fwd_kernel(const __grid_constant__ GateFwdParams p, int64_t num_vectors) {
   const int64_t index = int64_t{blockIdx.x} * kGateThreads + threadIdx.x;
   if (index >= num_vectors) return;
-  const int64_t vectors_a_row = p.shape.head_dim / kGateVector;
+  const int64_t vectors_a_row = p.shape.head_dim / kVector;
   const int64_t row = index / vectors_a_row;
-  const int64_t column = index % vectors_a_row * kGateVector;
+  const int64_t column = index % vectors_a_row * kVector;
   const int64_t token = row / p.shape.num_heads;
   const int64_t head = row % p.shape.num_heads;
 
   float g[kBranches];
   load_gates<Element>(p.gates, p.shape.activation, token, head, g);
-  const auto cmp = GateVector<Element>::load(p.o_cmp, token, head, column);
-  const auto sel = GateVector<Element>::load(p.o_sel, token, head, column);
-  const auto win = GateVector<Element>::load(p.o_win, token, head, column);
-  GateVector<Element> o;
+  const auto cmp = Vector8<Element>::load(row_pointer<Element>(p.o_cmp, token, head, column));
+  const auto sel = Vector8<Element>::load(row_pointer<Element>(p.o_sel, token, head, column));
+  const auto win = Vector8<Element>::load(row_pointer<Element>(p.o_win, token, head, column));
+  Vector8<Element> o;
 #pragma unroll
-  for (int i = 0; i < kGateVector; ++i) {
+  for (int i = 0; i < kVector; ++i) {
     o.x[i] = g[0] * cmp.x[i] + g[1] * sel.x[i] + g[2] * win.x[i];
   }
-  o.store(p.o, token, head, column);
+  o.store(row_pointer<Element>(p.o, token, head, column));
 }
 
 // One (token, head): writes the branch gradients of the row and returns <do, o_x> of this lane's part.
@@ -97,19 +68,18 @@ __device__ void gate_bwd_row(const GateBwdParams& p, int64_t token, int64_t head
   const Rows* outputs[kBranches] = {&p.o_cmp, &p.o_sel, &p.o_win};
   const Rows* gradients[kBranches] = {&p.do_cmp, &p.do_sel, &p.do_win};
   const int lane = threadIdx.x % kWarpSize;
-  for (int64_t column = lane * kGateVector; column < p.shape.head_dim;
-       column += kWarpSize * kGateVector) {
-    const auto dout = GateVector<Element>::load(p.dout, token, head, column);
+  for (int64_t column = lane * kVector; column < p.shape.head_dim; column += kWarpSize * kVector) {
+    const auto dout = Vector8<Element>::load(row_pointer<Element>(p.dout, token, head, column));
 #pragma unroll
     for (int b = 0; b < kBranches; ++b) {
-      const auto o = GateVector<Element>::load(*outputs[b], token, head, column);
-      GateVector<Element> grad;
+      const auto o = Vector8<Element>::load(row_pointer<Element>(*outputs[b], token, head, column));
+      Vector8<Element> grad;
 #pragma unroll
-      for (int i = 0; i < kGateVector; ++i) {
+      for (int i = 0; i < kVector; ++i) {
         dot[b] += dout.x[i] * o.x[i];
         grad.x[i] = g[b] * dout.x[i];
       }
-      grad.store(*gradients[b], token, head, column);
+      grad.store(row_pointer<Element>(*gradients[b], token, head, column));
     }
   }
 }
@@ -159,8 +129,7 @@ template <GateConfig kConfig>
 void launch_gate_fwd(const GateFwdParams& params, Stream stream) {
   using Element = device::ElementOf<kConfig.dtype>;
   const GateShape& shape = params.shape;
-  const int64_t num_vectors =
-      shape.total * shape.num_heads * (shape.head_dim / device::kGateVector);
+  const int64_t num_vectors = shape.total * shape.num_heads * (shape.head_dim / device::kVector);
   if (num_vectors == 0) return;
   const auto ctas = static_cast<unsigned>(ceil_div<int64_t>(num_vectors, device::kGateThreads));
   device::gate_fwd_kernel<Element>
