@@ -37,8 +37,10 @@ struct Problem {
   bool has_block_index = false;
   size_t workspace_cap = 0;
 
-  int64_t group_size() const { return num_heads_kv == 0 ? 0 : num_heads_q / num_heads_kv; }
-  int64_t num_block_slots() const { return total_k / block_size + batch; }
+  constexpr int64_t group_size() const {
+    return num_heads_kv == 0 ? 0 : num_heads_q / num_heads_kv;
+  }
+  constexpr int64_t num_block_slots() const { return total_k / block_size + batch; }
 };
 
 }  // namespace fsattn
