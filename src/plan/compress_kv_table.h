@@ -38,11 +38,12 @@ constexpr int64_t compress_kv_num_chunks(int64_t rows_cmp) {
 
 // Where the fp32 arrays of a call lie in its scratch memory; offsets count floats.
 struct CompressKvScratch {
-  int64_t weight;      // [Hkv, l]: the weight of each token of a window; not for linear
-  int64_t bias;        // [Hkv, D]: what pos_emb adds to every window (forward)
-  int64_t dy_sum;      // [Hkv, D]: sum of dx_cmp over all rows (backward)
-  int64_t dy_partial;  // [chunks, Hkv, D]
-  int64_t dw_partial;  // [chunks, Hkv, l]: not for linear
+  int64_t weight;        // [Hkv, l]: the weight of each token of a window; not for linear
+  int64_t bias;          // [Hkv, D]: what pos_emb adds to every window (forward)
+  int64_t bias_partial;  // [l, Hkv, D]: linear forward with pos_emb
+  int64_t dy_sum;        // [Hkv, D]: sum of dx_cmp over all rows (backward)
+  int64_t dy_partial;    // [chunks, Hkv, D]
+  int64_t dw_partial;    // [chunks, Hkv, l]: not for linear
   int64_t size;
 };
 
@@ -52,7 +53,8 @@ constexpr CompressKvScratch compress_kv_scratch(int64_t num_heads, int64_t head_
   CompressKvScratch s{};
   s.weight = 0;
   s.bias = s.weight + num_heads * kernel_size;
-  s.dy_sum = s.bias + num_heads * head_dim;
+  s.bias_partial = s.bias + num_heads * head_dim;
+  s.dy_sum = s.bias_partial + kernel_size * num_heads * head_dim;
   s.dy_partial = s.dy_sum + num_heads * head_dim;
   s.dw_partial = s.dy_partial + chunks * num_heads * head_dim;
   s.size = s.dw_partial + chunks * num_heads * kernel_size;

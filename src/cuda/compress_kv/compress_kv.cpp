@@ -12,7 +12,8 @@ struct Launchers {
 
 constexpr auto kLaunchers = []<std::size_t... kRow>(std::index_sequence<kRow...>) {
   return std::array<Launchers, sizeof...(kRow)>{
-      Launchers{&launch_compress_kv_fwd<kCompressKvTable[kRow]>, &launch_compress_kv_bwd<kCompressKvTable[kRow]>}
+      Launchers{&launch_compress_kv_fwd<kCompressKvTable[kRow]>,
+                &launch_compress_kv_bwd<kCompressKvTable[kRow]>}
       ...
   };
 }
