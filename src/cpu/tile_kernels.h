@@ -1,0 +1,284 @@
+// The tile kernels for one instruction set. Included by tile_<isa>.cpp alone, which define
+//     FSATTN_VECTOR_BYTES  16, 32 or 64
+//     FSATTN_GEMM_VECTORS  vectors in a row of the accumulator block
+//     FSATTN_TILE_TABLE    name of the table
+// Everything but the table has internal linkage, and nothing of std:: is used: see exp.h.
+//
+// Vectorised with GCC's vector extensions. Contraction to FMA is on, so that instruction sets differ
+// in the last bits; for one of them, the same row gives the same bits in every tile.
+#pragma once
+#include "cpu/exp.h"
+#include "cpu/tile.h"
+
+namespace fsattn::cpu {
+namespace {
+
+// Rows in the accumulator block: 6 x 4 vectors of 32 registers (AVX-512) or 6 x 2 of 16 leave room for
+// a row of b and a broadcast element of a.
+constexpr int kGemmRows = 6;
+constexpr int kGemmVectors = FSATTN_GEMM_VECTORS;
+
+// ---------------------------------------------------------------------------------------- load, store
+
+template <class T>
+void load_tile(const void* from, int64_t row_stride, int64_t rows, int64_t cols, Compute<T>* to,
+               int64_t pitch) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* __restrict source = static_cast<const T*>(from) + r * row_stride;
+    Compute<T>* __restrict row = to + r * pitch;
+    for (int64_t c = 0; c < cols; ++c) row[c] = load(source[c]);
+    for (int64_t c = cols; c < pitch; ++c) row[c] = 0;
+  }
+}
+
+template <class T>
+void load_transposed_tile(const void* from, int64_t row_stride, int64_t rows, int64_t cols,
+                          Compute<T>* to) {
+  // One vector of keys at a time: each cache line of `to` is filled by consecutive stores.
+  constexpr int64_t kKeys = Simd<Compute<T>>::kLanes;
+  for (int64_t begin = 0; begin < rows; begin += kKeys) {
+    const int64_t count = rows - begin < kKeys ? rows - begin : kKeys;
+    const T* source = static_cast<const T*>(from) + begin * row_stride;
+    for (int64_t c = 0; c < cols; ++c) {
+      Compute<T>* row = to + c * kTileKeys + begin;
+      for (int64_t r = 0; r < count; ++r) row[r] = load(source[r * row_stride + c]);
+      for (int64_t r = count; r < kKeys; ++r) row[r] = 0;
+    }
+  }
+}
+
+template <class T>
+void store_tile(const Compute<T>* from, int64_t pitch, const Compute<T>* row_scale, int64_t rows,
+                int64_t cols, void* to, int64_t row_stride, bool accumulate) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const Compute<T>* __restrict source = from + r * pitch;
+    T* __restrict row = static_cast<T*>(to) + r * row_stride;
+    const Compute<T> scale = row_scale[r];
+    if (accumulate) {
+      for (int64_t c = 0; c < cols; ++c) store(row[c], load(row[c]) + source[c] * scale);
+    } else {
+      for (int64_t c = 0; c < cols; ++c) store(row[c], source[c] * scale);
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------- gemm
+
+// kRows rows times kVectors vectors of c, summed over all of depth in registers.
+template <class Real, int kRows, int kVectors>
+void gemm_block(const GemmArgs<Real>& g, const Real* a, const Real* b, Real* c) {
+  using S = Simd<Real>;
+  typename S::V sum[kRows][kVectors] = {};
+  const int64_t a_row = g.a_row, a_col = g.a_col, b_row = g.b_row;
+  const bool accumulate = g.accumulate;
+  for (int64_t k = 0; k < g.depth; ++k, a += a_col, b += b_row) {
+    typename S::V b_k[kVectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) b_k[j] = S::load(b + j * S::kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const typename S::V a_ik = S::broadcast(a[i * a_row]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += a_ik * b_k[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    Real* row = c + i * g.c_row;
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      if (accumulate) sum[i][j] += S::load(row + j * S::kLanes);
+      S::store(row + j * S::kLanes, sum[i][j]);
+    }
+  }
+}
+
+template <class Real>
+using GemmBlock = void (*)(const GemmArgs<Real>&, const Real*, const Real*, Real*);
+
+template <class Real, int kVectors>
+constexpr GemmBlock<Real> kGemmBlockOfRows[kGemmRows + 1] = {
+    nullptr,
+    gemm_block<Real, 1, kVectors>,
+    gemm_block<Real, 2, kVectors>,
+    gemm_block<Real, 3, kVectors>,
+    gemm_block<Real, 4, kVectors>,
+    gemm_block<Real, 5, kVectors>,
+    gemm_block<Real, 6, kVectors>};
+
+// One column of blocks: its part of b stays in the L1 cache. Blocks share the rows evenly, so that 8
+// rows run as 4 + 4 and not as 6 + 2.
+template <class Real, int kVectors>
+void gemm_column(const GemmArgs<Real>& g, int64_t col) {
+  const int32_t rows = static_cast<int32_t>(g.rows);
+  int32_t begin = 0;
+  for (int32_t blocks_left = (rows + kGemmRows - 1) / kGemmRows; blocks_left > 0; --blocks_left) {
+    const int32_t count = (rows - begin + blocks_left - 1) / blocks_left;
+    kGemmBlockOfRows<Real, kVectors>[count](g, g.a + begin * g.a_row, g.b + col,
+                                            g.c + begin * g.c_row + col);
+    begin += count;
+  }
+}
+
+template <class Real>
+void gemm(const GemmArgs<Real>& g) {
+  constexpr int64_t kLanes = Simd<Real>::kLanes;
+  int64_t col = 0;
+  for (; col + kGemmVectors * kLanes <= g.cols; col += kGemmVectors * kLanes) {
+    gemm_column<Real, kGemmVectors>(g, col);
+  }
+  for (; col < g.cols; col += kLanes) gemm_column<Real, 1>(g, col);
+}
+
+// -------------------------------------------------------------------------------------------- softmax
+
+// Lanes of the vector at column `col` that lie in [first, last).
+template <class Real>
+FSATTN_FORCE_INLINE typename Simd<Real>::I is_visible(int64_t col, int64_t first, int64_t last) {
+  using I = typename Simd<Real>::I;
+  using Int = typename Simd<Real>::Int;
+  const I lane = Simd<Real>::iota() + static_cast<Int>(col);
+  return (lane >= static_cast<Int>(first)) & (lane < static_cast<Int>(last));
+}
+
+// A row's vectors: columns begin .. end - 1 widened to whole vectors.
+template <class Real>
+struct Columns {
+  int64_t begin, end;
+
+  explicit Columns(const VisibleKeys& keys)
+      : begin(keys.begin / Simd<Real>::kLanes * Simd<Real>::kLanes), end(keys.end) {}
+};
+
+// The largest scaled score of a row.
+template <class Real>
+FSATTN_FORCE_INLINE Real max_of_row(const Real* score, Columns<Real> cols, int64_t first,
+                                    int64_t last, Real scale) {
+  using S = Simd<Real>;
+  const typename S::V nothing = S::broadcast(-static_cast<Real>(__builtin_inf()));
+  typename S::V largest = nothing;
+  for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
+    const typename S::V x = S::load(score + c) * scale;
+    largest = S::max(largest, is_visible<Real>(c, first, last) ? x : nothing);
+  }
+  return S::max_of_lanes(largest);
+}
+
+// score becomes exp(scale * score - shift), 0 where invisible; returns the sum of the row.
+template <class Real>
+FSATTN_FORCE_INLINE Real exp_of_row(Real* score, Columns<Real> cols, int64_t first, int64_t last,
+                                    Real scale, Real shift) {
+  using S = Simd<Real>;
+  typename S::V sum{};
+  for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
+    const typename S::V p = exp_of(S::load(score + c) * scale - shift);
+    const typename S::V visible = is_visible<Real>(c, first, last) ? p : typename S::V{};
+    S::store(score + c, visible);
+    sum += visible;
+  }
+  return S::sum_of_lanes(sum);
+}
+
+template <class Real>
+FSATTN_FORCE_INLINE void scale_row(Real* row, int64_t cols, Real factor) {
+  using S = Simd<Real>;
+  for (int64_t c = 0; c < cols; c += S::kLanes) S::store(row + c, S::load(row + c) * factor);
+}
+
+template <class Real>
+FSATTN_FORCE_INLINE Real exp_of_scalar(Real x) {
+  return exp_of(Simd<Real>::broadcast(x))[0];
+}
+
+template <class Real>
+void softmax_step(const SoftmaxStepArgs<Real>& args) {
+  const Columns<Real> cols(args.keys);
+  const Real lowest = -static_cast<Real>(__builtin_inf());
+  for (int64_t query = 0; query < args.keys.num_queries; ++query) {
+    const int64_t first = args.keys.first[query], last = args.keys.last[query];
+    for (int64_t r = query * args.keys.group; r < (query + 1) * args.keys.group; ++r) {
+      Real* score = args.score + r * kTileKeys;
+      const Real old_max = args.row_max[r];
+      const Real tile_max = max_of_row<Real>(score, cols, first, last, args.scale);
+      const Real new_max = tile_max > old_max ? tile_max : old_max;
+      // Scores that are all -inf: shift by 0, so that exp gives 0 and not NaN.
+      const Real shift = new_max == lowest ? 0 : new_max;
+      const Real sum = exp_of_row<Real>(score, cols, first, last, args.scale, shift);
+      if (new_max == old_max) {
+        args.row_sum[r] += sum;
+        continue;
+      }
+      const Real decay = exp_of_scalar<Real>(old_max - shift);
+      args.row_max[r] = new_max;
+      args.row_sum[r] = args.row_sum[r] * decay + sum;
+      scale_row<Real>(args.out + r * args.out_cols, args.out_cols, decay);
+    }
+  }
+}
+
+template <class Real>
+void softmax_grad(const SoftmaxGradArgs<Real>& args) {
+  using S = Simd<Real>;
+  const Columns<Real> cols(args.keys);
+  for (int64_t query = 0; query < args.keys.num_queries; ++query) {
+    const int64_t first = args.keys.first[query], last = args.keys.last[query];
+    for (int64_t r = query * args.keys.group; r < (query + 1) * args.keys.group; ++r) {
+      Real* score = args.score + r * kTileKeys;
+      Real* dscore = args.dscore + r * kTileKeys;
+      for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
+        const typename S::I visible = is_visible<Real>(c, first, last);
+        const typename S::V p = exp_of(S::load(score + c) * args.scale - args.lse[r]);
+        const typename S::V ds = p * (S::load(dscore + c) - args.delta[r]);
+        S::store(score + c, visible ? p : typename S::V{});
+        S::store(dscore + c, visible ? ds : typename S::V{});
+      }
+    }
+  }
+}
+
+template <class Real>
+void group_score(const GroupScoreArgs<Real>& args) {
+  using S = Simd<Real>;
+  const Columns<Real> cols(args.keys);
+  const int64_t group = args.keys.group;
+  for (int64_t query = 0; query < args.keys.num_queries; ++query) {
+    const int64_t first = args.keys.first[query], last = args.keys.last[query];
+    for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
+      typename S::V joint{};  // probabilities are not negative: 0 starts the maximum, too
+      for (int64_t r = query * group; r < (query + 1) * group; ++r) {
+        const typename S::V x = S::load(args.score + r * kTileKeys + c) * args.scale;
+        const typename S::V p = exp_of(x - args.lse[r]);
+        joint = args.take_max ? S::max(p, joint) : joint + p;
+      }
+      S::store(args.out + query * kTileKeys + c,
+               is_visible<Real>(c, first, last) ? joint : typename S::V{});
+    }
+  }
+}
+
+template <class Real>
+void row_dot(const Real* a, const Real* b, int64_t pitch, int64_t rows, Real* out) {
+  using S = Simd<Real>;
+  for (int64_t r = 0; r < rows; ++r) {
+    typename S::V sum{};
+    for (int64_t c = 0; c < pitch; c += S::kLanes) {
+      sum += S::load(a + r * pitch + c) * S::load(b + r * pitch + c);
+    }
+    out[r] = S::sum_of_lanes(sum);
+  }
+}
+
+template <class T>
+constexpr TileOps<Compute<T>> make_tile_ops() {
+  using Real = Compute<T>;
+  return {load_tile<T>,       load_transposed_tile<T>, store_tile<T>,     gemm<Real>,
+          softmax_step<Real>, softmax_grad<Real>,      group_score<Real>, row_dot<Real>};
+}
+
+}  // namespace
+
+extern const TileTable FSATTN_TILE_TABLE;
+constexpr TileTable FSATTN_TILE_TABLE = {make_tile_ops<double>(), make_tile_ops<float>(),
+                                         make_tile_ops<Float16>(), make_tile_ops<BFloat16>()};
+
+}  // namespace fsattn::cpu
