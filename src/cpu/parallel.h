@@ -4,18 +4,25 @@
 #include <algorithm>
 #include <cstdint>
 
-#ifdef _OPENMP
+// The thread sanitizer does not see libgomp's barriers and would report every loop; plain threads show
+// it the same tasks.
+#if defined(_OPENMP) && !defined(__SANITIZE_THREAD__)
+#define FSATTN_USE_OPENMP
 #include <omp.h>
+#else
+#include <atomic>
+#include <thread>
+#include <vector>
 #endif
 
 namespace fsattn::cpu {
 
 // Threads that a parallel loop may use here.
 inline int num_threads() {
-#ifdef _OPENMP
+#ifdef FSATTN_USE_OPENMP
   return omp_get_max_threads();
 #else
-  return 1;
+  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 #endif
 }
 
@@ -32,7 +39,7 @@ void parallel_for(int64_t num_tasks, int max_threads, [[maybe_unused]] Schedule 
     for (int64_t task = 0; task < num_tasks; ++task) f(task, 0);
     return;
   }
-#ifdef _OPENMP
+#ifdef FSATTN_USE_OPENMP
   if (schedule == Schedule::kStatic) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t task = 0; task < num_tasks; ++task) f(task, omp_get_thread_num());
@@ -40,6 +47,15 @@ void parallel_for(int64_t num_tasks, int max_threads, [[maybe_unused]] Schedule 
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t task = 0; task < num_tasks; ++task) f(task, omp_get_thread_num());
   }
+#else
+  std::atomic<int64_t> next{0};
+  std::vector<std::thread> team;
+  for (int thread_idx = 0; thread_idx < threads; ++thread_idx) {
+    team.emplace_back([&, thread_idx] {
+      for (int64_t task = next++; task < num_tasks; task = next++) f(task, thread_idx);
+    });
+  }
+  for (std::thread& thread : team) thread.join();
 #endif
 }
 
