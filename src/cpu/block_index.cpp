@@ -6,6 +6,7 @@
 #include "base/math.h"
 #include "cpu/parallel.h"
 #include "cpu/sequences.h"
+#include "plan/cpu_workspace.h"
 
 namespace fsattn::cpu {
 namespace {
@@ -106,9 +107,9 @@ void write_entries(const IndexJob& job, int64_t head, int64_t chunk) {
 
 void block_index(int, const BlockIndexParams& params, Stream) {
   const int64_t total_q = params.packing.total_q;
-  const int64_t num_chunks = block_index_num_chunks(total_q);
-  FSATTN_ASSERT(params.scratch.bytes >= block_index_scratch_bytes(params.num_heads_kv, total_q,
-                                                                  params.mask.index.num_slots));
+  const int64_t num_chunks = cpu_index_num_chunks(total_q);
+  FSATTN_ASSERT(params.scratch.bytes >=
+                cpu_index_counts_bytes(params.num_heads_kv, total_q, params.mask.index.num_slots));
   const IndexJob job{params, num_chunks, ceil_div(total_q, num_chunks),
                      static_cast<int32_t*>(params.scratch.data)};
   const int64_t num_tasks = params.num_heads_kv * num_chunks;

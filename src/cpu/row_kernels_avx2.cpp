@@ -1,0 +1,2 @@
+#define FSATTN_ISA_NAMESPACE avx2
+#include "cpu/row_kernels_isa.h"

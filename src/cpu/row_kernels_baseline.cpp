@@ -1,0 +1,2 @@
+#define FSATTN_ISA_NAMESPACE baseline
+#include "cpu/row_kernels_isa.h"

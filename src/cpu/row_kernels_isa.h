@@ -1,0 +1,147 @@
+// The bodies of cpu/row_kernels.h. Included by row_kernels_<isa>.cpp alone, which defines
+// FSATTN_ISA_NAMESPACE: no function of this file may be shared between instruction sets.
+#include <cstring>
+
+#include "cpu/row_kernels.h"
+
+namespace fsattn::cpu::FSATTN_ISA_NAMESPACE {
+
+// Eight numbers: what every dim is a multiple of.
+template <class Acc>
+struct Octet {
+  typedef Acc Vec __attribute__((vector_size(8 * sizeof(Acc))));
+};
+template <class Acc>
+using Vec8 = typename Octet<Acc>::Vec;
+
+template <class T>
+struct Rows8 {
+  using Acc = Compute<T>;
+  using Vec = Vec8<Acc>;
+
+  // By reference: a vector by value would have an ABI that depends on the instruction set.
+  static FSATTN_FORCE_INLINE void load8(const T* from, Vec& to) {
+    Acc values[8];
+    for (int i = 0; i < 8; ++i) values[i] = cpu::load(from[i]);
+    std::memcpy(&to, values, sizeof(Vec));
+  }
+
+  static FSATTN_FORCE_INLINE void store8(const Vec& from, T* to) {
+    Acc values[8];
+    std::memcpy(values, &from, sizeof(Vec));
+    for (int i = 0; i < 8; ++i) cpu::store(to[i], values[i]);
+  }
+
+  // A fixed tree, so that every instruction set but for FMA gives the same sum.
+  static FSATTN_FORCE_INLINE Acc total(const Vec& v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  }
+
+  static void load(const T* from, Acc* to, int64_t dim) {
+    for (int64_t i = 0; i < dim; ++i) to[i] = cpu::load(from[i]);
+  }
+
+  static void load_sum(const T* from, const T* addend, Acc* to, int64_t dim) {
+    for (int64_t i = 0; i < dim; ++i) to[i] = cpu::load(from[i]) + cpu::load(addend[i]);
+  }
+
+  static void store(const Acc* from, T* to, int64_t dim) {
+    for (int64_t i = 0; i < dim; ++i) cpu::store(to[i], from[i]);
+  }
+
+  // Four octets at a time: their sums stay in registers over all rows.
+  template <int kOctets>
+  static FSATTN_FORCE_INLINE void weighted_columns(const T* x, int64_t x_stride, const Acc* weight,
+                                                   int64_t weight_stride, int64_t count, Acc* sum) {
+    Vec sums[kOctets];
+    std::memcpy(sums, sum, sizeof(sums));
+    for (int64_t row = 0; row < count; ++row) {
+      for (int i = 0; i < kOctets; ++i) {
+        Vec value;
+        load8(x + row * x_stride + 8 * i, value);
+        sums[i] += weight[row * weight_stride] * value;
+      }
+    }
+    std::memcpy(sum, sums, sizeof(sums));
+  }
+
+  static void weighted_sum(const T* x, int64_t x_stride, const Acc* weight, int64_t weight_stride,
+                           int64_t count, Acc* sum, int64_t dim) {
+    int64_t column = 0;
+    for (; column + 32 <= dim; column += 32) {
+      weighted_columns<4>(x + column, x_stride, weight, weight_stride, count, sum + column);
+    }
+    for (; column < dim; column += 8) {
+      weighted_columns<1>(x + column, x_stride, weight, weight_stride, count, sum + column);
+    }
+  }
+
+  static void dots(const T* x, int64_t x_stride, int64_t count, const Acc* y, Acc* sums,
+                   int64_t dim) {
+    for (int64_t row = 0; row < count; ++row) {
+      Vec sum{};
+      for (int64_t i = 0; i < dim; i += 8) {
+        Vec a, b;
+        load8(x + row * x_stride + i, a);
+        std::memcpy(&b, y + i, sizeof(b));
+        sum += a * b;
+      }
+      sums[row] += total(sum);
+    }
+  }
+
+  static void gemm_tile(int64_t depth, const Acc* a, int64_t a_row, int64_t a_depth, const Acc* b,
+                        int64_t b_depth, Acc* sums, int64_t sums_row) {
+    typedef Acc Line __attribute__((vector_size(64)));
+    constexpr int64_t kRows = GemmTile<Acc>::kRows;
+    Line tile[kRows];
+    for (int64_t r = 0; r < kRows; ++r) std::memcpy(&tile[r], sums + r * sums_row, 64);
+    for (int64_t k = 0; k < depth; ++k) {
+      Line line;
+      std::memcpy(&line, b + k * b_depth, 64);
+      for (int64_t r = 0; r < kRows; ++r) tile[r] += a[r * a_row + k * a_depth] * line;
+    }
+    for (int64_t r = 0; r < kRows; ++r) std::memcpy(sums + r * sums_row, &tile[r], 64);
+  }
+
+  static void gate(const Acc* gates, const T* const* branches, T* o, int64_t dim) {
+    for (int64_t i = 0; i < dim; i += 8) {
+      Vec cmp, sel, win;
+      load8(branches[0] + i, cmp);
+      load8(branches[1] + i, sel);
+      load8(branches[2] + i, win);
+      const Vec sum = gates[0] * cmp + gates[1] * sel + gates[2] * win;
+      store8(sum, o + i);
+    }
+  }
+
+  static void gate_grad(const Acc* gates, const T* dout, const T* const* branches,
+                        T* const* d_branches, Acc* dots, int64_t dim) {
+    for (int branch = 0; branch < 3; ++branch) {
+      Vec sum{};
+      for (int64_t i = 0; i < dim; i += 8) {
+        Vec d, value;
+        load8(dout + i, d);
+        load8(branches[branch] + i, value);
+        sum += d * value;
+        const Vec scaled = gates[branch] * d;
+        store8(scaled, d_branches[branch] + i);
+      }
+      dots[branch] = total(sum);
+    }
+  }
+};
+
+template <class T>
+RowKernels<T> row_kernels() {
+  using R = Rows8<T>;
+  return {&R::load, &R::load_sum,  &R::store, &R::weighted_sum,
+          &R::dots, &R::gemm_tile, &R::gate,  &R::gate_grad};
+}
+
+template RowKernels<double> row_kernels<double>();
+template RowKernels<float> row_kernels<float>();
+template RowKernels<Float16> row_kernels<Float16>();
+template RowKernels<BFloat16> row_kernels<BFloat16>();
+
+}  // namespace fsattn::cpu::FSATTN_ISA_NAMESPACE
