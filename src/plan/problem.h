@@ -27,6 +27,8 @@ struct Problem {
   Device device{};
   DType dtype{};
   int64_t batch = 0;
+  // Tokens. Where k holds compressed rows, total_k is rows * kernel_stride: no tensor tells the number
+  // of tokens itself.
   int64_t total_q = 0, total_k = 0;
   int64_t max_q = 0, max_k = 0;
   int64_t num_heads_q = 0, num_heads_kv = 0;

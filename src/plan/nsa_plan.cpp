@@ -1,0 +1,98 @@
+#include "plan/nsa_plan.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <sstream>
+
+namespace fsattn {
+namespace {
+
+size_t largest_workspace(std::initializer_list<const Plan*> steps) {
+  size_t bytes = 0;
+  for (const Plan* step : steps) bytes = std::max(bytes, step->workspace_bytes);
+  return bytes;
+}
+
+size_t gradient_bytes(const Problem& gate) {
+  return static_cast<size_t>(gate.total_q * gate.num_heads_q * gate.head_dim_v) *
+         size_of(gate.dtype);
+}
+
+std::string steps_text(const char* pass, size_t workspace_bytes,
+                       std::initializer_list<const Plan*> steps) {
+  std::ostringstream out;
+  out << "native_sparse_attention " << pass << ": workspace " << workspace_bytes << " bytes";
+  for (const Plan* step : steps) out << "\n  " << to_string(*step);
+  return out.str();
+}
+
+std::string problems_text(const char* pass, std::initializer_list<const Problem*> steps) {
+  std::ostringstream out;
+  out << "native_sparse_attention " << pass;
+  for (const Problem* step : steps) out << "\n  " << to_string(*step);
+  return out.str();
+}
+
+}  // namespace
+
+NsaFwdPlan make_plan(const NsaFwdProblem& problem, const DeviceInfo& device) {
+  NsaFwdPlan plan;
+  plan.has_select = problem.has_select;
+  plan.compressed = make_plan(problem.compressed, device);
+  if (problem.has_select) plan.select = make_plan(problem.select, device);
+  plan.selected = make_plan(problem.selected, device);
+  plan.window = make_plan(problem.window, device);
+  plan.gate = make_plan(problem.gate, device);
+  WorkspaceLayout layout;
+  plan.scratch = layout.add(largest_workspace(
+      {&plan.compressed, &plan.select, &plan.selected, &plan.window, &plan.gate}));
+  plan.workspace_bytes = layout.bytes();
+  return plan;
+}
+
+NsaBwdPlan make_plan(const NsaBwdProblem& problem, const DeviceInfo& device) {
+  NsaBwdPlan plan;
+  plan.gate = make_plan(problem.gate, device);
+  plan.compressed = make_plan(problem.compressed, device);
+  plan.selected = make_plan(problem.selected, device);
+  plan.window = make_plan(problem.window, device);
+  const size_t gradient = gradient_bytes(problem.gate);
+  WorkspaceLayout layout;
+  plan.do_cmp = layout.add(gradient);
+  plan.do_sel = layout.add(gradient);
+  plan.do_win = layout.add(gradient);
+  plan.scratch =
+      layout.add(largest_workspace({&plan.gate, &plan.compressed, &plan.selected, &plan.window}));
+  plan.workspace_bytes = layout.bytes();
+  return plan;
+}
+
+std::string to_string(const NsaFwdPlan& plan) {
+  if (!plan.has_select) {
+    return steps_text("fwd", plan.workspace_bytes,
+                      {&plan.compressed, &plan.selected, &plan.window, &plan.gate});
+  }
+  return steps_text("fwd", plan.workspace_bytes,
+                    {&plan.compressed, &plan.select, &plan.selected, &plan.window, &plan.gate});
+}
+
+std::string to_string(const NsaBwdPlan& plan) {
+  return steps_text("bwd", plan.workspace_bytes,
+                    {&plan.gate, &plan.compressed, &plan.selected, &plan.window});
+}
+
+std::string to_string(const NsaFwdProblem& problem) {
+  if (!problem.has_select) {
+    return problems_text("fwd",
+                         {&problem.compressed, &problem.selected, &problem.window, &problem.gate});
+  }
+  return problems_text("fwd", {&problem.compressed, &problem.select, &problem.selected,
+                               &problem.window, &problem.gate});
+}
+
+std::string to_string(const NsaBwdProblem& problem) {
+  return problems_text("bwd",
+                       {&problem.gate, &problem.compressed, &problem.selected, &problem.window});
+}
+
+}  // namespace fsattn

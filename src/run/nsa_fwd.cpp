@@ -1,0 +1,19 @@
+#include "run/nsa.h"
+#include "run/region.h"
+#include "run/steps.h"
+
+namespace fsattn {
+
+void run_nsa_fwd(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
+                 Stream stream) {
+  const Scratch scratch = scratch_in(workspace, plan.scratch);
+  run_step(plan.compressed, params.compressed, scratch, stream);  // q, k_cmp, v_cmp -> o_cmp, lse
+  if (plan.has_select) {
+    run_step(plan.select, params.select, scratch, stream);  // q, k_cmp, lse -> topk_idx
+  }
+  run_step(plan.selected, params.selected, scratch, stream);  // q, k, v, topk_idx -> o_sel
+  run_step(plan.window, params.window, scratch, stream);      // q, k, v -> o_win
+  run_step(plan.gate, params.gate, scratch, stream);          // o_cmp, o_sel, o_win, gates -> o
+}
+
+}  // namespace fsattn
