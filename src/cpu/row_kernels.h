@@ -24,10 +24,10 @@ template <class T>
 struct RowKernels {
   using Acc = Compute<T>;
 
-  // to = from, or from + addend.
+  // to = from (any dim), or from + addend.
   void (*load)(const T* from, Acc* to, int64_t dim);
   void (*load_sum)(const T* from, const T* addend, Acc* to, int64_t dim);
-  // to = from, rounded once.
+  // to = from, rounded once; any dim.
   void (*store)(const Acc* from, T* to, int64_t dim);
   // sum += x, sum of `count` rows that lie x_stride apart, row i times weight[i * weight_stride].
   void (*weighted_sum)(const T* x, int64_t x_stride, const Acc* weight, int64_t weight_stride,
