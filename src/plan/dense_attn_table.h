@@ -1,0 +1,90 @@
+// Compiled kernels of the branches whose visible keys form an interval: compressed attention and
+// window attention share them. Measurements: docs/kernels/dense_attn.md.
+#pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "base/dtype.h"
+#include "base/math.h"
+#include "plan/problem.h"
+
+namespace fsattn {
+
+// A row serves head dims up to its own: smaller ones are padded with zeros in shared memory.
+struct DenseAttnConfig {
+  Arch arch;
+  DType dtype;
+  int head_dim;
+  int head_dim_v;
+};
+
+// Columns: arch, dtype, head_dim, head_dim_v. The first row that fits wins.
+inline constexpr std::array kDenseAttnFwdTable{
+    DenseAttnConfig{Arch::kSm80, DType::kBFloat16, 64,  64 },
+    DenseAttnConfig{Arch::kSm80, DType::kBFloat16, 128, 128},
+    DenseAttnConfig{Arch::kSm80, DType::kBFloat16, 192, 128},
+    DenseAttnConfig{Arch::kSm80, DType::kBFloat16, 256, 256},
+    DenseAttnConfig{Arch::kSm80, DType::kFloat16,  64,  64 },
+    DenseAttnConfig{Arch::kSm80, DType::kFloat16,  128, 128},
+    DenseAttnConfig{Arch::kSm80, DType::kFloat16,  192, 128},
+    DenseAttnConfig{Arch::kSm80, DType::kFloat16,  256, 256},
+};
+inline constexpr std::array kDenseAttnBwdTable = kDenseAttnFwdTable;
+
+// Returns the row of either table, or -1 when no kernel fits.
+constexpr int find_dense_attn_row(DType dtype, int64_t head_dim, int64_t head_dim_v) {
+  for (std::size_t row = 0; row < kDenseAttnFwdTable.size(); ++row) {
+    const DenseAttnConfig& config = kDenseAttnFwdTable[row];
+    if (config.dtype == dtype && config.head_dim >= head_dim && config.head_dim_v >= head_dim_v) {
+      return static_cast<int>(row);
+    }
+  }
+  return -1;
+}
+
+// The dK, dV loop of compressed attention visits every later query of every head of the group, and
+// there are few compressed keys: the heads of a group are shared out over this many CTAs. It depends
+// on the group alone, so that a sequence gets the same bits whatever is batched with it.
+constexpr int64_t compressed_attn_bwd_splits(int64_t group_size) {
+  return ceil_div(group_size, ceil_div(group_size, int64_t{8}));
+}
+
+// Scratch memory of a backward. Offsets count bytes; delta is at 0.
+struct DenseAttnBwdScratch {
+  int64_t key_rows;    // rows of k that may own a partial result
+  int64_t partial_dk;  // fp32 [splits, key_rows, Hkv, D]; absent when there is one split
+  int64_t partial_dv;  // fp32 [splits, key_rows, Hkv, Dv]
+  int64_t bytes;
+};
+
+// delta is fp32 [Hq, total_q]. `key_rows` is 0 where nothing is split.
+constexpr DenseAttnBwdScratch dense_attn_bwd_scratch(int64_t total_q, int64_t num_heads_q,
+                                                     int64_t num_heads_kv, int64_t key_rows,
+                                                     int64_t head_dim, int64_t head_dim_v) {
+  const int64_t splits =
+      num_heads_kv == 0 ? 1 : compressed_attn_bwd_splits(num_heads_q / num_heads_kv);
+  const int64_t rows = splits > 1 ? splits * key_rows * num_heads_kv * 4 : 0;
+  DenseAttnBwdScratch s{};
+  s.key_rows = key_rows;
+  s.partial_dk = round_up(num_heads_q * total_q * 4, int64_t{256});
+  s.partial_dv = s.partial_dk + round_up(rows * head_dim, int64_t{256});
+  s.bytes = s.partial_dv + round_up(rows * head_dim_v, int64_t{256});
+  return s;
+}
+
+// Scratch bytes of a call of either operator.
+constexpr size_t dense_attn_workspace(const Problem& p) {
+  if (p.pass == Pass::kFwd) return 0;
+  const int64_t key_rows = p.op == Op::kCompressedAttn ? p.total_k / p.kernel_stride : 0;
+  return static_cast<size_t>(dense_attn_bwd_scratch(p.total_q, p.num_heads_q, p.num_heads_kv,
+                                                    key_rows, p.head_dim, p.head_dim_v)
+                                 .bytes);
+}
+
+static_assert(find_dense_attn_row(DType::kBFloat16, 96, 96) == 1);
+static_assert(find_dense_attn_row(DType::kFloat16, 192, 192) == 7);
+static_assert(find_dense_attn_row(DType::kFloat32, 64, 64) == -1);
+static_assert(compressed_attn_bwd_splits(1) == 1 && compressed_attn_bwd_splits(12) == 6);
+
+}  // namespace fsattn
