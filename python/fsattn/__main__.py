@@ -14,9 +14,7 @@ COMMANDS = {
 
 def usage() -> str:
     lines = [f"  {name:6} {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        ["usage: python -m fsattn <command> [options]", "", "commands:", *lines]
-    )
+    return "\n".join(["usage: python -m fsattn <command> [options]", "", "commands:", *lines])
 
 
 def main(argv: list[str]) -> int:

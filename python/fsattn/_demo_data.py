@@ -22,16 +22,12 @@ class Text:
 
     def batch(self, generator: torch.Generator, batch: int, length: int) -> Tensor:
         """int64 [batch, length + 1]: random windows of the training text."""
-        starts = torch.randint(
-            len(self.train) - length, (batch, 1), generator=generator
-        )
+        starts = torch.randint(len(self.train) - length, (batch, 1), generator=generator)
         return self.train[starts + torch.arange(length + 1)].long()
 
     def held_out_batches(self, count: int, batch: int, length: int) -> list[Tensor]:
         """`count` batches int64 [batch, length + 1] that lie evenly spread over the held-out text."""
-        starts = torch.linspace(
-            0, len(self.held_out) - length - 1, count * batch
-        ).long()
+        starts = torch.linspace(0, len(self.held_out) - length - 1, count * batch).long()
         windows = self.held_out[starts[:, None] + torch.arange(length + 1)].long()
         return list(windows.split(batch))
 

@@ -85,9 +85,7 @@ class Layer(nn.Module):
             block_size=shape.block_size,
             topk=shape.topk,
             window_size=shape.window_size,
-            rope_config=RopeConfig(
-                head_dim=shape.head_dim, rope_theta=10000.0, rope_scaling=None
-            ),
+            rope_config=RopeConfig(head_dim=shape.head_dim, rope_theta=10000.0, rope_scaling=None),
         )
         self.mlp_norm = nn.RMSNorm(shape.hidden_size)
         self.mlp = Mlp(shape.hidden_size, shape.mlp_size)
@@ -116,9 +114,7 @@ class LanguageModel(nn.Module):
     def hidden_states(self, ids: Tensor) -> list[Tensor]:
         """ids [B, T] -> the input of every layer and the output of the last, each [B * T, hidden]."""
         batch, length = ids.shape
-        cu_seqlens = (
-            torch.arange(batch + 1, device=ids.device, dtype=torch.int32) * length
-        )
+        cu_seqlens = torch.arange(batch + 1, device=ids.device, dtype=torch.int32) * length
         states = [self.embedding(ids).flatten(0, 1)]
         for layer in self.layers:
             states.append(layer(states[-1], cu_seqlens, length))
@@ -130,15 +126,11 @@ class LanguageModel(nn.Module):
 
     def selections(self, ids: Tensor) -> list[Tensor]:
         """ids [1, T] -> for every layer of sparse attention topk_idx int32 [Hkv, T, topk]."""
-        cu_seqlens = torch.tensor(
-            [0, ids.shape[1]], device=ids.device, dtype=torch.int32
-        )
+        cu_seqlens = torch.tensor([0, ids.shape[1]], device=ids.device, dtype=torch.int32)
         found = []
         for layer, state in zip(self.layers, self.hidden_states(ids)[:-1], strict=True):
             x = layer.attention_norm(state)
-            _, topk_idx = layer.attention(
-                x, cu_seqlens, ids.shape[1], return_topk_idx=True
-            )
+            _, topk_idx = layer.attention(x, cu_seqlens, ids.shape[1], return_topk_idx=True)
             found.append(topk_idx)
         return found
 

@@ -49,9 +49,7 @@ def plot_losses(
         axes.plot(steps, losses[name], color=color, alpha=0.22, linewidth=0.8)
         label = f"{name}: held-out loss {held_out[name]:.3f}"
         axes.plot(steps, smoothed(losses[name]), color=color, linewidth=2, label=label)
-        axes.axhline(
-            held_out[name], color=color, linewidth=1, linestyle=(0, (4, 3)), alpha=0.8
-        )
+        axes.axhline(held_out[name], color=color, linewidth=1, linestyle=(0, (4, 3)), alpha=0.8)
     axes.set_xlabel("training step")
     axes.set_ylabel("loss, nats per byte")
     lowest = min(min(values) for values in losses.values())
@@ -73,9 +71,7 @@ def plot_losses(
     pyplot.close(figure)
 
 
-def selection_map(
-    topk_idx: np.ndarray, queries: np.ndarray, shape: Shape
-) -> np.ndarray:
+def selection_map(topk_idx: np.ndarray, queries: np.ndarray, shape: Shape) -> np.ndarray:
     """topk_idx [T, topk] of one head -> index into MEANINGS [queries, blocks]."""
     blocks = np.arange(-(-topk_idx.shape[0] // shape.block_size))
     own = queries[:, None] // shape.block_size
@@ -110,10 +106,14 @@ def plot_selections(path: Path, selections: list[Tensor], shape: Shape) -> None:
             axes.set_aspect("equal")
             axes.set_title(f"layer {layer}, KV head {head}", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
+            axes.set_xticks(range(0, length + 1, length // 4))
+            axes.set_yticks(range(0, length + 1, length // 4))
             axes.tick_params(labelsize=8)
     grid[0][0].invert_yaxis()
-    figure.supxlabel("position of the keys, one column a block", fontsize=10)
-    figure.supylabel("position of the query", fontsize=10)
+    for axes in grid[-1]:
+        axes.set_xlabel("position of the keys", fontsize=9)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("position of the query", fontsize=9)
     figure.suptitle(
         f"Which {shape.topk} blocks of {shape.block_size} keys a query attends to",
         fontsize=12,
@@ -122,8 +122,6 @@ def plot_selections(path: Path, selections: list[Tensor], shape: Shape) -> None:
         Patch(facecolor=color, label=meaning, edgecolor="#d6d3d1", linewidth=0.5)
         for color, meaning in zip(COLORS[1:], MEANINGS[1:], strict=True)
     ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9
-    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path)
     pyplot.close(figure)

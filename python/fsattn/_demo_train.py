@@ -73,14 +73,17 @@ def loss_of(model: LanguageModel, window: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), window[:, 1:].flatten())
 
 
-def smoothed(losses: list[float], memory: float = 0.95) -> list[float]:
-    """Exponential average, corrected for its start."""
-    average, weight, result = 0.0, 0.0, []
-    for loss in losses:
-        average = memory * average + (1 - memory) * loss
-        weight = memory * weight + (1 - memory)
-        result.append(average / weight)
-    return result
+def recent_mean(losses: list[float], count: int = 20) -> float:
+    """Mean of the last `count` losses."""
+    recent = losses[-count:]
+    return sum(recent) / len(recent)
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Mean over the neighbourhood of every step, a fifteenth of the run wide."""
+    half = max(1, len(losses) // 30)
+    windows = (losses[max(0, i - half) : i + half + 1] for i in range(len(losses)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def train(
@@ -107,16 +110,14 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-        progress.update(step + 1, smoothed(losses[-60:])[-1])
+        progress.update(step + 1, recent_mean(losses))
     return losses, time.perf_counter() - begin
 
 
 @torch.no_grad()
 def held_out_loss(model: LanguageModel, text: Text, schedule: Schedule) -> float:
     """Mean loss over windows that neither model was trained on."""
-    windows = text.held_out_batches(
-        schedule.held_out_batches, schedule.batch, model.shape.length
-    )
+    windows = text.held_out_batches(schedule.held_out_batches, schedule.batch, model.shape.length)
     return sum(loss_of(model, window).item() for window in windows) / len(windows)
 
 

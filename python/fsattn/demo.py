@@ -21,7 +21,7 @@ from . import _demo_train
 from ._demo_data import Text, load_text
 from ._demo_model import LanguageModel, Shape, make_models
 from ._demo_train import Schedule
-from ._library import describe_build
+from .info import cuda_is_usable
 
 TOLERANCE = 0.05
 QUICK_SHAPE = Shape(
@@ -37,32 +37,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m fsattn demo",
         description=__doc__.split("\n")[0].partition(": ")[2],
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo_out"), help="folder for the results"
-    )
-    parser.add_argument(
-        "--data", type=Path, help="a text file; default: Python's own library"
-    )
-    parser.add_argument(
-        "--steps", type=int, help=f"training steps, default {Schedule.steps}"
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the results")
+    parser.add_argument("--data", type=Path, help="a text file; default: Python's own library")
+    parser.add_argument("--steps", type=int, help=f"training steps, default {Schedule.steps}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="default: cuda if it can be used"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny model for a few seconds"
-    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if it can be used")
+    parser.add_argument("--quick", action="store_true", help="a tiny model for a few seconds")
     return parser.parse_args(argv)
 
 
 def choose_device(wanted: str | None) -> torch.device:
     """CUDA if a device is there and this build has kernels for it, unless told otherwise."""
-    usable = torch.cuda.is_available() and "sm_" in describe_build()
+    usable = cuda_is_usable()
     if wanted == "cuda" and not usable:
-        raise ValueError(
-            "device: cuda needs a CUDA device and a build with its kernels"
-        )
+        raise ValueError("device: cuda needs a CUDA device and a build with its kernels")
     return torch.device(wanted or ("cuda" if usable else "cpu"))
 
 
@@ -77,21 +65,16 @@ def train_both(
             "losses": losses,
             "held_out": _demo_train.held_out_loss(model, text, schedule),
             "seconds": seconds,
-            "tokens_per_second": schedule.steps
-            * schedule.batch
-            * model.shape.length
-            / seconds,
+            "tokens_per_second": schedule.steps * schedule.batch * model.shape.length / seconds,
         }
     return results
 
 
 def report(results: dict[str, dict]) -> bool:
     """Prints both outcomes; True if the sparse model learned as well as the dense one."""
-    print(
-        f"\n{'':8}{'training loss':>15}{'held-out loss':>15}{'tokens/s':>12}{'seconds':>10}"
-    )
+    print(f"\n{'':8}{'training loss':>15}{'held-out loss':>15}{'tokens/s':>12}{'seconds':>10}")
     for name, result in results.items():
-        final = _demo_train.smoothed(result["losses"])[-1]
+        final = _demo_train.recent_mean(result["losses"])
         print(
             f"{name:8}{final:15.3f}{result['held_out']:15.3f}"
             f"{result['tokens_per_second']:12.0f}{result['seconds']:10.0f}"
@@ -131,9 +114,7 @@ def main(argv: list[str]) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         print("the demo draws with matplotlib: pip install matplotlib", file=sys.stderr)
         return 2
-    shape, schedule = (
-        (QUICK_SHAPE, QUICK_SCHEDULE) if options.quick else (Shape(), Schedule())
-    )
+    shape, schedule = (QUICK_SHAPE, QUICK_SCHEDULE) if options.quick else (Shape(), Schedule())
     if options.steps is not None:
         schedule = replace(schedule, steps=options.steps)
     try:
@@ -147,24 +128,18 @@ def main(argv: list[str]) -> int:
         f"{shape.layers} layers, {shape.num_q_heads}/{shape.num_kv_heads} heads of "
         f"{shape.head_dim}, {schedule.batch} x {shape.length} bytes a step"
     )
-    print(
-        f"{text.name}: {len(text.train):,} bytes to learn from, {len(text.held_out):,} held out"
-    )
+    print(f"{text.name}: {len(text.train):,} bytes to learn from, {len(text.held_out):,} held out")
     print(
         f"{subtitle}, on {device.type} with {torch.get_num_threads()} CPU threads",
         flush=True,
     )
-    results = train_both(
-        {"dense": dense, "sparse": sparse}, text, schedule, options.seed
-    )
+    results = train_both({"dense": dense, "sparse": sparse}, text, schedule, options.seed)
     passed = report(results)
 
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "result.json").write_text(json.dumps(results))
     save_pictures(options.out, results, sparse, text, subtitle)
-    written = _demo_train.sample(
-        sparse, PROMPT, 32 if options.quick else 240, options.seed
-    )
+    written = _demo_train.sample(sparse, PROMPT, 32 if options.quick else 240, options.seed)
     (options.out / "sample.txt").write_bytes(written)
     print("\nwritten by the sparse model, byte by byte:\n")
     print(written.decode("utf-8", "replace"))

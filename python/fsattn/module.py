@@ -114,34 +114,22 @@ class NativeSparseAttention(nn.Module):
         )
         gate_dim = 3 * self.num_q_heads if self.gate_per_head else 3
         self.register_parameter("compress_key", self._compress_weight(self.head_dim))
-        self.register_parameter(
-            "compress_value", self._compress_weight(self.head_dim_v)
-        )
+        self.register_parameter("compress_value", self._compress_weight(self.head_dim_v))
         self.intra_block_pe = nn.Parameter(
             torch.zeros(self.num_kv_heads, self.kernel_size, self.head_dim)
         )
-        self.proj_q = nn.Linear(
-            self.hidden_size, self.num_q_heads * self.head_dim, bias=False
-        )
+        self.proj_q = nn.Linear(self.hidden_size, self.num_q_heads * self.head_dim, bias=False)
         self.proj_k = nn.Linear(self.hidden_size, kv_projections * k_dim, bias=False)
         self.proj_v = nn.Linear(self.hidden_size, kv_projections * v_dim, bias=False)
-        self.proj_o = nn.Linear(
-            self.num_q_heads * self.head_dim_v, self.hidden_size, bias=False
-        )
-        self.gate = nn.Sequential(
-            nn.Linear(self.hidden_size, gate_dim, bias=False), nn.Sigmoid()
-        )
-        self.rope = (
-            None if self.rope_config is None else RotaryEmbedding(self.rope_config)
-        )
+        self.proj_o = nn.Linear(self.num_q_heads * self.head_dim_v, self.hidden_size, bias=False)
+        self.gate = nn.Sequential(nn.Linear(self.hidden_size, gate_dim, bias=False), nn.Sigmoid())
+        self.rope = None if self.rope_config is None else RotaryEmbedding(self.rope_config)
 
     def _compress_weight(self, dim: int) -> nn.Parameter | None:
         if self.compress == "mean":
             return None
         if self.compress == "linear":
-            return nn.Parameter(
-                torch.zeros(self.num_kv_heads, self.kernel_size * dim, dim)
-            )
+            return nn.Parameter(torch.zeros(self.num_kv_heads, self.kernel_size * dim, dim))
         return nn.Parameter(torch.zeros(self.num_kv_heads, self.kernel_size))
 
     def reset_parameters(self) -> None:
@@ -183,9 +171,7 @@ class NativeSparseAttention(nn.Module):
             y [total, hidden_size].
         """
         if x.dim() != 2 or x.shape[1] != self.hidden_size:
-            raise ValueError(
-                f"x: shape must be [total, {self.hidden_size}], found {list(x.shape)}"
-            )
+            raise ValueError(f"x: shape must be [total, {self.hidden_size}], found {list(x.shape)}")
         cu_seqlens = cu_seqlens.to(torch.int32)
         q = self.proj_q(x).unflatten(1, (self.num_q_heads, self.head_dim))
         k = self._branches(self.proj_k(x), self.head_dim)
@@ -193,9 +179,7 @@ class NativeSparseAttention(nn.Module):
         k_cmp, cu_seqlens_cmp = self._compress(
             k[0], self.compress_key, self.intra_block_pe, cu_seqlens, max_seqlen
         )
-        v_cmp, _ = self._compress(
-            v[0], self.compress_value, None, cu_seqlens, max_seqlen
-        )
+        v_cmp, _ = self._compress(v[0], self.compress_value, None, cu_seqlens, max_seqlen)
         if self.rope is not None:
             # After the compression, which reads keys before their rotation: the compressed key is
             # rotated as a whole, to the first position of its window.
@@ -232,9 +216,7 @@ class NativeSparseAttention(nn.Module):
     def _gate_logits(self, x: Tensor) -> Tensor:
         """[total, 3] or [total, Hq, 3]; the operator applies the sigmoid of `self.gate`."""
         logits = self.gate[0](x)
-        return (
-            logits.unflatten(1, (self.num_q_heads, 3)) if self.gate_per_head else logits
-        )
+        return logits.unflatten(1, (self.num_q_heads, 3)) if self.gate_per_head else logits
 
     def _compress(
         self,
@@ -266,9 +248,7 @@ class NativeSparseAttention(nn.Module):
             "score_dtype": self.score_dtype,
         }
 
-    def _attend_shared(
-        self, q, k, v, k_cmp, v_cmp, gates, topk_idx, cu_seqlens_cmp, lengths
-    ):
+    def _attend_shared(self, q, k, v, k_cmp, v_cmp, gates, topk_idx, cu_seqlens_cmp, lengths):
         return F.native_sparse_attention(
             q,
             k[0],
@@ -286,9 +266,7 @@ class NativeSparseAttention(nn.Module):
             **lengths,
         )
 
-    def _attend_separate(
-        self, q, k, v, k_cmp, v_cmp, gates, topk_idx, cu_seqlens_cmp, lengths
-    ):
+    def _attend_separate(self, q, k, v, k_cmp, v_cmp, gates, topk_idx, cu_seqlens_cmp, lengths):
         """The single operators: the fused call has one k and one v for two branches."""
         compression = {
             "cu_seqlens_cmp": cu_seqlens_cmp,
@@ -299,15 +277,9 @@ class NativeSparseAttention(nn.Module):
             q, k_cmp, v_cmp, return_lse=True, **compression, **lengths
         )
         if topk_idx is None:
-            topk_idx = F.select_blocks(
-                q, k_cmp, lse, **compression, **self._selection(), **lengths
-            )
-        o_sel = F.selected_attention(
-            q, k[1], v[1], topk_idx, block_size=self.block_size, **lengths
-        )
-        o_win = F.window_attention(
-            q, k[2], v[2], window_size=self.window_size, **lengths
-        )
+            topk_idx = F.select_blocks(q, k_cmp, lse, **compression, **self._selection(), **lengths)
+        o_sel = F.selected_attention(q, k[1], v[1], topk_idx, block_size=self.block_size, **lengths)
+        o_win = F.window_attention(q, k[2], v[2], window_size=self.window_size, **lengths)
         return F.gate(o_cmp, o_sel, o_win, gates), topk_idx
 
 

@@ -46,9 +46,7 @@ class RopeConfig:
 
 
 def _plain_inv_freq(config: RopeConfig) -> Tensor:
-    exponent = (
-        torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    )
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     return 1.0 / config.rope_theta**exponent
 
 
@@ -59,9 +57,7 @@ def _linear_inv_freq(config: RopeConfig) -> Tensor:
 def _llama3_inv_freq(config: RopeConfig) -> Tensor:
     """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
     scaling = config.rope_scaling
-    factor, low, high = (
-        scaling[k] for k in ("factor", "low_freq_factor", "high_freq_factor")
-    )
+    factor, low, high = (scaling[k] for k in ("factor", "low_freq_factor", "high_freq_factor"))
     original = scaling["original_max_position_embeddings"]
     inv_freq = _plain_inv_freq(config)
     wavelength = 2 * math.pi / inv_freq
@@ -150,9 +146,7 @@ class RotaryEmbedding(nn.Module):
         angle = position.to(compute).unsqueeze(1) * self.inv_freq.to(compute)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def forward(
-        self, x: Tensor, cu_seqlens: Tensor, start: int = 0, stride: int = 1
-    ) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, start: int = 0, stride: int = 1) -> Tensor:
         """x [total, heads, D], cu_seqlens int32 [B + 1] -> the same shape and dtype."""
         cos, sin = self.tables(cu_seqlens, x.shape[0], x.dtype, start, stride)
         return rotate(x, cos, sin)
