@@ -50,7 +50,8 @@ struct Simd {
   }
   static FSATTN_FORCE_INLINE Real max_of_lanes(V x) {
 #pragma GCC unroll 4
-    for (int step = kLanes / 2; step > 0; step /= 2) x = max(x, __builtin_shuffle(x, iota() ^ step));
+    for (int step = kLanes / 2; step > 0; step /= 2)
+      x = max(x, __builtin_shuffle(x, iota() ^ step));
     return x[0];
   }
 };
@@ -74,8 +75,8 @@ FSATTN_FORCE_INLINE Simd<float>::V exp_of(Simd<float>::V x) {
   y = y * r + 1.0F;
   y = y * r + 1.0F;
   // 2^n by adding n to the exponent; the shift drops the bits of kMagic.
-  const S::V scaled = reinterpret_cast<S::V>(reinterpret_cast<S::I>(y) +
-                                             (reinterpret_cast<S::I>(shifted) << 23));
+  const S::V scaled =
+      reinterpret_cast<S::V>(reinterpret_cast<S::I>(y) + (reinterpret_cast<S::I>(shifted) << 23));
   return x < -87.0F ? S::V{} : scaled;
 }
 
@@ -87,15 +88,25 @@ FSATTN_FORCE_INLINE Simd<double>::V exp_of(Simd<double>::V x) {
   const S::V shifted = x * 1.4426950408889634 + kMagic;
   const S::V n = shifted - kMagic;
   const S::V r = (x - n * kLn2High) - n * kLn2Low;
-  constexpr double kInverseFactorials[] = {
-      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-      1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
-      1.0 / 6,          1.0 / 2,         1.0,            1.0};
+  constexpr double kInverseFactorials[] = {1.0 / 6227020800,
+                                           1.0 / 479001600,
+                                           1.0 / 39916800,
+                                           1.0 / 3628800,
+                                           1.0 / 362880,
+                                           1.0 / 40320,
+                                           1.0 / 5040,
+                                           1.0 / 720,
+                                           1.0 / 120,
+                                           1.0 / 24,
+                                           1.0 / 6,
+                                           1.0 / 2,
+                                           1.0,
+                                           1.0};
   S::V y = S::broadcast(kInverseFactorials[0]);
 #pragma GCC unroll 13
   for (int i = 1; i < 14; ++i) y = y * r + kInverseFactorials[i];
-  const S::V scaled = reinterpret_cast<S::V>(reinterpret_cast<S::I>(y) +
-                                             (reinterpret_cast<S::I>(shifted) << 52));
+  const S::V scaled =
+      reinterpret_cast<S::V>(reinterpret_cast<S::I>(y) + (reinterpret_cast<S::I>(shifted) << 52));
   return x < -708.0 ? S::V{} : scaled;
 }
 

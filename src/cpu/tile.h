@@ -8,16 +8,17 @@
 #include <cstdint>
 
 #include "fsattn/tensor.h"
+#include "plan/cpu_workspace.h"
 
 namespace fsattn::cpu {
 
 // Keys in a tile at most; the pitch of tiles of scores and of transposed keys. The smallest size at
 // which a score row fills four AVX-512 vectors, so that 6 rows of accumulators hide the FMA latency.
-constexpr int64_t kTileKeys = 64;
+constexpr int64_t kTileKeys = kCpuTileKeys;
 // Query rows (queries of a tile times heads of a group) at most.
-constexpr int64_t kTileRows = 64;
+constexpr int64_t kTileRows = kCpuTileRows;
 // Elements in the longest vector of any instruction set.
-constexpr int64_t kPitch = 16;
+constexpr int64_t kPitch = kCpuPitch;
 
 // c (+)= a * b. cols is rounded up to whole vectors; b and c have the room. Row i, column k of a is
 // a[i * a_row + k * a_col], so that a transposed a costs nothing.
@@ -87,7 +88,8 @@ struct TileOps {
   void (*load)(const void* from, int64_t row_stride, int64_t rows, int64_t cols, Real* to,
                int64_t pitch);
   // to[c, r] = from[r * row_stride + c] with the pitch kTileKeys, 0 for rows <= r < next vector.
-  void (*load_transposed)(const void* from, int64_t row_stride, int64_t rows, int64_t cols, Real* to);
+  void (*load_transposed)(const void* from, int64_t row_stride, int64_t rows, int64_t cols,
+                          Real* to);
   // to[r * row_stride + c] (+)= from[r, c] * row_scale[r], rounded once.
   void (*store)(const Real* from, int64_t pitch, const Real* row_scale, int64_t rows, int64_t cols,
                 void* to, int64_t row_stride, bool accumulate);

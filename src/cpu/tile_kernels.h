@@ -97,14 +97,13 @@ template <class Real>
 using GemmBlock = void (*)(const GemmArgs<Real>&, const Real*, const Real*, Real*);
 
 template <class Real, int kVectors>
-constexpr GemmBlock<Real> kGemmBlockOfRows[kGemmRows + 1] = {
-    nullptr,
-    gemm_block<Real, 1, kVectors>,
-    gemm_block<Real, 2, kVectors>,
-    gemm_block<Real, 3, kVectors>,
-    gemm_block<Real, 4, kVectors>,
-    gemm_block<Real, 5, kVectors>,
-    gemm_block<Real, 6, kVectors>};
+constexpr GemmBlock<Real> kGemmBlockOfRows[kGemmRows + 1] = {nullptr,
+                                                             gemm_block<Real, 1, kVectors>,
+                                                             gemm_block<Real, 2, kVectors>,
+                                                             gemm_block<Real, 3, kVectors>,
+                                                             gemm_block<Real, 4, kVectors>,
+                                                             gemm_block<Real, 5, kVectors>,
+                                                             gemm_block<Real, 6, kVectors>};
 
 // One column of blocks: its part of b stays in the L1 cache. Blocks share the rows evenly, so that 8
 // rows run as 4 + 4 and not as 6 + 2.
