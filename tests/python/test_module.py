@@ -3,12 +3,13 @@
 import itertools
 import math
 
-import fsattn
 import pytest
 import torch
-from fsattn.rope import RotaryEmbedding
 from reference import compress_kv, native_sparse_attention
 from support import assert_same_bits, cu_seqlens, randn
+
+import fsattn
+from fsattn.rope import RotaryEmbedding
 
 SMALL = {
     "kernel_size": 8,
@@ -109,9 +110,7 @@ def test_rotation_turns_pairs_of_the_two_halves_by_position_times_frequency():
         1j * position[:, None, None] * frequency
     )
     expected = torch.cat((turned.real, turned.imag), -1)
-    torch.testing.assert_close(
-        found, expected, rtol=0, atol=1e-5
-    )  # inv_freq is rounded to fp32
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # inv_freq is rounded to fp32
 
 
 def test_tables_are_rounded_to_the_dtype_of_x_and_the_rotation_is_not():
@@ -144,9 +143,7 @@ def test_llama3_frequencies():
 
 def test_linear_scaling_divides_the_frequencies():
     plain = RotaryEmbedding(fsattn.RopeConfig(head_dim=32, rope_scaling=None))
-    config = fsattn.RopeConfig(
-        head_dim=32, rope_scaling={"type": "linear", "factor": 4.0}
-    )
+    config = fsattn.RopeConfig(head_dim=32, rope_scaling={"type": "linear", "factor": 4.0})
     torch.testing.assert_close(RotaryEmbedding(config).inv_freq * 4, plain.inv_freq)
 
 
@@ -172,11 +169,7 @@ def reference_forward(module, x, cu):
         return heads(weight if module.shared_kv else weight.chunk(3)[i], hkv, dim)
 
     def rotated(y, cu_y, stride=1):
-        return (
-            y
-            if module.rope is None
-            else module.rope(y, torch.as_tensor(cu_y), 0, stride)
-        )
+        return y if module.rope is None else module.rope(y, torch.as_tensor(cu_y), 0, stride)
 
     dv = module.head_dim_v
     windows = {"kernel_size": module.kernel_size, "kernel_stride": module.kernel_stride}
@@ -239,9 +232,7 @@ def test_forward_and_backward_equal_the_definition(choice):
     torch.testing.assert_close(dx, dx_ref, rtol=1e-9, atol=1e-10)
     assert grads.keys() == grads_ref.keys()
     for name, grad in grads.items():
-        torch.testing.assert_close(
-            grad, grads_ref[name], rtol=1e-9, atol=1e-10, msg=name
-        )
+        torch.testing.assert_close(grad, grads_ref[name], rtol=1e-9, atol=1e-10, msg=name)
 
 
 def test_the_published_module_is_a_choice_of_the_general_one():
@@ -322,9 +313,7 @@ def test_dtypes(dtype):
     expected = exact(x.double(), cu, topk_idx=topk_idx)
     assert y.dtype == dtype
     assert (y.double() - expected).norm() < 6 * torch.finfo(dtype).eps * expected.norm()
-    assert all(
-        p.grad.dtype == dtype and p.grad.isfinite().all() for p in module.parameters()
-    )
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in module.parameters())
 
 
 def test_autocast_computes_in_bf16_with_fp32_parameters():
@@ -334,9 +323,7 @@ def test_autocast_computes_in_bf16_with_fp32_parameters():
         y = module(x, cu)
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
-    assert all(
-        p.grad.dtype == torch.float32 and p.grad.any() for p in module.parameters()
-    )
+    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in module.parameters())
 
 
 def test_checkpointing_gives_the_same_gradients():
@@ -374,11 +361,7 @@ def test_compiles_without_a_graph_break():
             "head_dim must be .*16, found 64",
         ),
         (
-            {
-                "rope_config": fsattn.RopeConfig(
-                    head_dim=16, rope_scaling={"rope_type": "linear"}
-                )
-            },
+            {"rope_config": fsattn.RopeConfig(head_dim=16, rope_scaling={"rope_type": "linear"})},
             "needs the keys factor, missing factor",
         ),
     ],
@@ -394,12 +377,8 @@ def test_heads_must_divide():
 
 
 def test_unknown_rope_type_is_declined():
-    config = fsattn.RopeConfig(
-        head_dim=16, rope_scaling={"rope_type": "yarn", "factor": 2.0}
-    )
-    with pytest.raises(
-        NotImplementedError, match="default, linear, llama3, found 'yarn'"
-    ):
+    config = fsattn.RopeConfig(head_dim=16, rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    with pytest.raises(NotImplementedError, match="default, linear, llama3, found 'yarn'"):
         general(rope_config=config)
 
 

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-import fsattn
 import numpy as np
 import pytest
 import torch
+
+import fsattn
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 NAMES = ["module_g1_d64", "module_g2_d32"]
@@ -18,30 +19,22 @@ class Golden:
     def __init__(self, name, dtype):
         with np.load(GOLDEN / f"{name}.npz") as file:
             self.data = {key: torch.from_numpy(file[key]) for key in file.files}
-        hq, hkv, head_dim, l, d, s, topk, init, local, window, hidden = self.data[
-            "config"
-        ].tolist()
+        hq, hkv, head_dim, *geometry, hidden = self.data["config"].tolist()
         self.module = fsattn.FlashSparseAttention(
-            hidden, hq, hkv, head_dim, l, d, s, topk, init, local, window,
-            fsattn.RopeConfig(head_dim=head_dim),
-            group_reduce="first_head", score_dtype="bf16",
-        )  # fmt: skip
+            *(hidden, hq, hkv, head_dim, *geometry, fsattn.RopeConfig(head_dim=head_dim)),
+            group_reduce="first_head",
+            score_dtype="bf16",
+        )
         self.module.load_state_dict(self.group("param."))
         self.module.to(torch.bfloat16).to(dtype)
         self.x = self.data["x"].to(dtype).requires_grad_()
         self.dy = self.data["dy"].to(dtype)
 
     def group(self, prefix):
-        return {
-            k.removeprefix(prefix): v
-            for k, v in self.data.items()
-            if k.startswith(prefix)
-        }
+        return {k.removeprefix(prefix): v for k, v in self.data.items() if k.startswith(prefix)}
 
     def run(self, topk_idx=None):
-        return self.module(
-            self.x, self.data["cu_seqlens"], topk_idx=topk_idx, return_topk_idx=True
-        )
+        return self.module(self.x, self.data["cu_seqlens"], topk_idx=topk_idx, return_topk_idx=True)
 
 
 def relative_error(found, expected):
@@ -59,9 +52,7 @@ def assert_within(found, expected, tolerance):
     assert max(errors.values()) < tolerance, errors
 
 
-@pytest.fixture(
-    params=[(n, d) for n in NAMES for d in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}"
-)
+@pytest.fixture(params=[(n, d) for n in NAMES for d in DTYPES], ids=lambda p: f"{p[0]}-{p[1]}")
 def golden(request):
     return Golden(*request.param)
 
