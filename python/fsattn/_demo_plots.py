@@ -20,7 +20,7 @@ MEANINGS = [
     "in the future",
     "not chosen",
     "always: first block",
-    "always: own and last",
+    "always: own and the one before",
     "chosen",
 ]
 COLORS = ["#ffffff", "#e7e5e4", "#a8a29e", "#57534e", "#ea580c"]

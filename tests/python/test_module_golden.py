@@ -1,5 +1,6 @@
 """Parity with recorded runs of the published module (tests/data/golden/README.md)."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +96,14 @@ def test_gradients_in_bf16_are_as_exact_as_the_recorded_ones(name):
     for golden in (exact, rounded):
         golden.run(golden.data["topk_idx"])[0].backward(golden.dy)
     assert_within(gradients(rounded.module), gradients(exact.module), 9e-3)
+
+
+def test_examples_of_the_migration_page_run():
+    page = (Path(__file__).parents[2] / "docs" / "migration.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 2
+    names = {}
+    for example in examples:
+        exec(example, names)
+    assert names["y"].shape == (500, 128)
+    assert names["o_cmp"].shape == names["o_sel"].shape == names["o_win"].shape == (500, 4, 32)
