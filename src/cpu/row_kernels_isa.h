@@ -1,5 +1,6 @@
 // The bodies of cpu/row_kernels.h. Included by row_kernels_<isa>.cpp alone, which defines
 // FSATTN_ISA_NAMESPACE: no function of this file may be shared between instruction sets.
+#pragma once
 #include <cstring>
 
 #include "cpu/row_kernels.h"
