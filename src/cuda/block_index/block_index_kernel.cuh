@@ -168,12 +168,14 @@ __global__ void __launch_bounds__(T::kThreads, 3)
 
 inline constexpr int kPrefixThreads = 128;
 
-// Grid (slots / 128, Hkv): one thread a slot.
-__global__ void __launch_bounds__(kPrefixThreads)
+// Grid (slots / 128, Hkv): one thread a slot. This kernel and the next are templates so that several
+// translation units may hold them.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
     block_index_prefix_kernel(const __grid_constant__ Args a) {
   constexpr int kUnroll = 8;  // loads in flight
   const int64_t num_slots = a.mask.index.num_slots;
-  const int64_t slot = int64_t{blockIdx.x} * kPrefixThreads + threadIdx.x;
+  const int64_t slot = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (slot >= num_slots) return;
   int32_t* counts = a.counts + int64_t{blockIdx.y} * a.num_chunks * num_slots + slot;
   int sum = 0;
@@ -195,13 +197,14 @@ __global__ void __launch_bounds__(kPrefixThreads)
 inline constexpr int kStartThreads = 1024;
 
 // Grid (Hkv): totals of the slots -> first entries, in place.
-__global__ void __launch_bounds__(kStartThreads)
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
     block_index_start_kernel(const __grid_constant__ Args a) {
   __shared__ int warp_sums[kWarpSize];
   const int num_slots = static_cast<int>(a.mask.index.num_slots);
   int32_t* start = a.mask.index.start + int64_t{blockIdx.x} * (num_slots + 1);
   int base = 0;
-  for (int s0 = 0; s0 < num_slots; s0 += kStartThreads) {
+  for (int s0 = 0; s0 < num_slots; s0 += kThreads) {
     const int slot = s0 + threadIdx.x;
     int total;
     const int before =
@@ -339,8 +342,8 @@ void launch_block_index(const BlockIndexParams& params, Stream stream) {
   block_index_count_kernel<T><<<grid, T::kThreads, count_bytes, cuda_stream>>>(args);
   const dim3 prefix_grid(static_cast<unsigned>(ceil_div<int64_t>(num_slots, kPrefixThreads)),
                          heads);
-  block_index_prefix_kernel<<<prefix_grid, kPrefixThreads, 0, cuda_stream>>>(args);
-  block_index_start_kernel<<<heads, kStartThreads, 0, cuda_stream>>>(args);
+  block_index_prefix_kernel<kPrefixThreads><<<prefix_grid, kPrefixThreads, 0, cuda_stream>>>(args);
+  block_index_start_kernel<kStartThreads><<<heads, kStartThreads, 0, cuda_stream>>>(args);
   block_index_scatter_kernel<T><<<grid, T::kThreads, scatter_bytes, cuda_stream>>>(args);
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }

@@ -1,0 +1,15 @@
+// Copies that carry an L2 eviction priority.
+#pragma once
+#include <cstdint>
+
+namespace fsattn::device {
+
+// Copies `bytes` (0 or 16) and fills the rest of the 16 bytes with zeros.
+__device__ __forceinline__ void cp_async_16_zero_fill(uint32_t dst, const void* src, int bytes,
+                                                      uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(dst),
+               "l"(src), "r"(bytes), "l"(policy)
+               : "memory");
+}
+
+}  // namespace fsattn::device

@@ -1,0 +1,224 @@
+// The compiled kernels of selected attention, the choice between them, and how the work is cut.
+// Thresholds and measurements: docs/kernels/selected_attn.md.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "base/dtype.h"
+#include "base/math.h"
+#include "plan/block_index_table.h"
+#include "plan/problem.h"
+
+namespace fsattn {
+
+// The two orders of the outer loop: over queries, or over blocks of keys. Block-major has two
+// forward kernels: mma.sync (sm_80 and newer) and wgmma with TMA (sm_90a).
+enum class SelectedAlgorithm : int { kQueryMajor, kBlockMajor, kBlockMajorWgmma };
+
+// A row takes head dims up to its own (smaller ones are padded in shared memory) and works on
+// `keys` keys of a block at a time; larger blocks are split into parts of that many keys.
+struct SelectedAttnFwdConfig {
+  Arch arch;
+  SelectedAlgorithm algorithm;
+  DType dtype;
+  int head_dim;
+  int head_dim_v;
+  int keys;
+};
+
+// Columns: arch, algorithm, dtype, head_dim, head_dim_v, keys. The first row that fits wins.
+inline constexpr std::array kSelectedAttnFwdTable{
+    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kBFloat16, 64,  64,
+                          128},
+    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kBFloat16, 128, 128,
+                          64 },
+    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kBFloat16, 128, 128,
+                          128},
+    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kBFloat16, 192, 128,
+                          64 },
+    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kBFloat16, 256, 256,
+                          64 },
+    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kFloat16,  64,  64,
+                          128},
+    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kFloat16,  128, 128,
+                          64 },
+    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kFloat16,  128, 128,
+                          128},
+    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kFloat16,  192, 128,
+                          64 },
+    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kFloat16,  256, 256,
+                          64 },
+};
+
+// ---- Splitting the work ----
+
+// What the split depends on. All of it is known on the host.
+struct SelectedShape {
+  int64_t batch, total_q, total_k, num_heads_q, num_heads_kv, head_dim, head_dim_v;
+  int64_t block_size, topk;
+  bool has_block_index;
+  size_t workspace_cap;
+
+  constexpr int64_t group_size() const {
+    return num_heads_kv == 0 ? 1 : num_heads_q / num_heads_kv;
+  }
+  constexpr int64_t num_block_slots() const { return total_k / block_size + batch; }
+};
+
+constexpr SelectedShape selected_shape(const Problem& p) {
+  return {p.batch,      p.total_q,    p.total_k, p.num_heads_q,     p.num_heads_kv, p.head_dim,
+          p.head_dim_v, p.block_size, p.topk,    p.has_block_index, p.workspace_cap};
+}
+
+// Keys of a block that are resident at a time. Depends on the shape alone, so that rows of different
+// architectures need the same workspace.
+constexpr int64_t selected_keys(int64_t head_dim, int64_t head_dim_v, int64_t block_size) {
+  const int64_t limit = head_dim <= 128 && head_dim_v <= 128 ? 128 : 64;
+  return std::min(block_size, limit);
+}
+
+// A part is `keys` keys of a block: block slot s has parts s * splits .. s * splits + splits - 1,
+// and each gives one partial row per query row. A segment is (KV head, range of query tokens): the
+// unit in which partial rows exist. Launches cover whole segments.
+struct SelectedSplit {
+  int64_t keys;
+  int64_t splits;
+  int64_t num_parts;  // of one KV head
+  int64_t partials;   // partial rows of one query row: topk * splits
+  int64_t range;
+  int64_t num_ranges;
+  int64_t num_segments;
+  int64_t segments_per_launch;
+  int64_t num_launches;
+  int64_t launches_per_build;  // launches whose work items are built together
+  int64_t item_entries;        // CSR entries of one work item, at most
+  int64_t item_capacity;       // work items of one segment, at most
+
+  constexpr int64_t rows_per_launch(int64_t group_size) const {
+    return segments_per_launch * range * partials * group_size;
+  }
+  constexpr int64_t segments_per_build() const { return segments_per_launch * launches_per_build; }
+};
+
+inline constexpr int64_t kSelectedItemBytes = 32;
+inline constexpr int64_t kMaxSegmentsPerLaunch = 512;
+
+// `row_bytes`: workspace of one partial row. `item_rows`: query rows of one work item, at most.
+constexpr SelectedSplit split_selected(const SelectedShape& shape, int64_t row_bytes,
+                                       int64_t item_rows) {
+  constexpr int64_t kMaxRows = int64_t{1} << 30;      // row numbers are 32-bit
+  constexpr int64_t kBuildBytes = int64_t{64} << 20;  // work items built ahead
+  constexpr int64_t kMaxItemEntries = 512;
+  const int64_t group = shape.group_size();
+  SelectedSplit s{};
+  s.keys = selected_keys(shape.head_dim, shape.head_dim_v, shape.block_size);
+  s.splits = shape.block_size / s.keys;
+  s.num_parts = shape.num_block_slots() * s.splits;
+  s.partials = shape.topk * s.splits;
+
+  // Long ranges give long runs of one block; short ones keep the queries in the L2 (measured).
+  const int64_t most_ranges = group >= 8 ? 16 : 8;
+  const int64_t wanted =
+      std::max(ceil_div<int64_t>(32768, group), ceil_div<int64_t>(shape.total_q, most_ranges));
+  const int64_t cap_rows =
+      std::min(static_cast<int64_t>(shape.workspace_cap) / row_bytes, kMaxRows);
+  const int64_t token_rows = s.partials * group;
+  constexpr int64_t kMinRange = 16;  // holds under any cap
+  const int64_t range = std::max(std::min(wanted, cap_rows / token_rows), kMinRange);
+  s.num_ranges = std::max<int64_t>(1, ceil_div(shape.total_q, range));
+  s.range = std::max<int64_t>(1, ceil_div(shape.total_q, s.num_ranges));
+  s.num_segments = shape.num_heads_kv * s.num_ranges;
+  const int64_t fitting = std::max<int64_t>(1, cap_rows / (s.range * token_rows));
+  const int64_t most = std::min({fitting, s.num_segments, kMaxSegmentsPerLaunch});
+  s.num_launches = ceil_div(s.num_segments, std::max<int64_t>(1, most));
+  s.segments_per_launch = s.num_launches == 0 ? 1 : ceil_div(s.num_segments, s.num_launches);
+
+  s.item_entries = std::clamp<int64_t>(item_rows / group, 1, kMaxItemEntries);
+  s.item_capacity =
+      std::min(s.num_parts, s.range * s.partials) + ceil_div(s.range * s.partials, s.item_entries);
+  const int64_t launch_bytes = s.segments_per_launch * s.item_capacity * kSelectedItemBytes;
+  s.launches_per_build =
+      std::clamp<int64_t>(kBuildBytes / launch_bytes, 1, std::max<int64_t>(1, s.num_launches));
+  return s;
+}
+
+// Byte offsets of consecutive regions, each 256-byte aligned.
+struct WorkspaceCursor {
+  size_t bytes = 0;
+  constexpr size_t take(int64_t size) {
+    const size_t at = bytes;
+    bytes += round_up<size_t>(static_cast<size_t>(size), 256);
+    return at;
+  }
+};
+
+// The block index that a call builds for itself.
+struct SelectedIndexRegions {
+  size_t start, entry, counts, counts_bytes;
+};
+
+constexpr SelectedIndexRegions take_index_regions(const SelectedShape& shape, WorkspaceCursor& at) {
+  if (shape.has_block_index) return {};
+  const int64_t slots = shape.num_block_slots();
+  const size_t counts = block_index_workspace(shape.num_heads_kv, shape.total_q, slots);
+  SelectedIndexRegions r{};
+  r.start = at.take(shape.num_heads_kv * (slots + 1) * 4);
+  r.entry = at.take(shape.num_heads_kv * shape.total_q * shape.topk * 4);
+  r.counts = at.take(static_cast<int64_t>(counts));
+  r.counts_bytes = counts;
+  return r;
+}
+
+// ---- Forward ----
+
+// Scratch of the block-major forward. The partial rows and their lse obey the cap; the rest is
+// linear in the number of tokens.
+struct SelectedFwdLayout {
+  SelectedSplit split;
+  SelectedIndexRegions index;
+  size_t counters, item_counts, items, partial_lse, partial, bytes;
+};
+
+inline constexpr int64_t kSelectedFwdItemRows = 1024;
+
+constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape) {
+  const int64_t row_bytes = shape.head_dim_v * 2 + 4;
+  SelectedFwdLayout l{};
+  l.split = split_selected(shape, row_bytes, kSelectedFwdItemRows);
+  const SelectedSplit& s = l.split;
+  const int64_t rows = s.rows_per_launch(shape.group_size());
+  WorkspaceCursor at;
+  l.index = take_index_regions(shape, at);
+  l.counters = at.take(s.num_launches * 4);
+  l.item_counts = at.take(s.segments_per_build() * 4);
+  l.items = at.take(s.segments_per_build() * s.item_capacity * kSelectedItemBytes);
+  l.partial_lse = at.take(rows * 4);
+  l.partial = at.take(rows * shape.head_dim_v * 2);
+  l.bytes = at.bytes;
+  return l;
+}
+
+// True when the row can compute the problem.
+constexpr bool fits(const SelectedAttnFwdConfig& config, Arch arch, const Problem& p) {
+  if (config.arch != Arch::kSm80 && config.arch != arch) return false;
+  if (config.dtype != p.dtype || p.head_dim > config.head_dim || p.head_dim_v > config.head_dim_v) {
+    return false;
+  }
+  return selected_keys(p.head_dim, p.head_dim_v, p.block_size) <= config.keys;
+}
+
+// Returns the row of kSelectedAttnFwdTable, or -1 when no kernel fits.
+constexpr int find_selected_attn_fwd_row(Arch arch, const Problem& problem) {
+  for (int row = 0; row < static_cast<int>(kSelectedAttnFwdTable.size()); ++row) {
+    if (fits(kSelectedAttnFwdTable[static_cast<size_t>(row)], arch, problem)) return row;
+  }
+  return -1;
+}
+
+constexpr size_t selected_attn_fwd_workspace(const Problem& problem) {
+  return selected_fwd_layout(selected_shape(problem)).bytes;
+}
+
+}  // namespace fsattn

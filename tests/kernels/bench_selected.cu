@@ -1,0 +1,62 @@
+// Times selected attention by CUDA events: median of 7 after 2 warm-ups, random data and selection.
+//     bench_selected fwd|bwd|index TOKENS Hq Hkv [sm90a] [block_size topk dim cap_mib]
+#include <cstring>
+#include <string>
+
+#include "kernels/selected_problem.cuh"
+
+using namespace fsattn;
+using namespace fsattn::test;
+
+namespace {
+
+template <class Launch>
+double median_ms(const Launch& launch) {
+  cudaEvent_t begin, end;
+  CUDA_OK(cudaEventCreate(&begin));
+  CUDA_OK(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int i = 0; i < 9; ++i) {
+    CUDA_OK(cudaEventRecord(begin));
+    launch();
+    CUDA_OK(cudaEventRecord(end));
+    CUDA_OK(cudaEventSynchronize(end));
+    float ms = 0;
+    CUDA_OK(cudaEventElapsedTime(&ms, begin, end));
+    if (i >= 2) times.push_back(ms);
+  }
+  std::sort(times.begin(), times.end());
+  return double{times[times.size() / 2]};
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 5) return 1;
+  const std::string pass = argv[1];
+  const Arch arch = argc > 5 && std::strcmp(argv[5], "sm90a") == 0 ? Arch::kSm90a : Arch::kSm80;
+  const auto option = [&](int i, int value) { return argc > i ? std::atoi(argv[i]) : value; };
+  Case c{"bench", {std::atoi(argv[2])}, {}, {}, std::atoi(argv[3]), std::atoi(argv[4]), option(8, 128), option(8, 128),
+         option(6, 64), option(7, 16), Pattern::kRandom, size_t(option(9, 1024)) << 20};
+  c.has_index = pass == "main";
+  SelectedProblem<__nv_bfloat16> x(c);
+  double pairs = 0;  // query row times key block
+  for (int64_t t = 0; t < x.total_q; ++t) pairs += double(std::min<int64_t>(c.topk, t / c.block_size + 1)) * c.heads_q;
+  const double flop = pairs * 4 * c.block_size * c.dim;
+  const Problem problem = x.problem();
+  double ms = 0;
+  size_t bytes = 0;
+  if (pass == "index") {
+    ms = median_ms([&] { x.build_index(); });
+  } else {
+    const int row = find_selected_attn_fwd_row(arch, problem);
+    bytes = selected_attn_fwd_workspace(problem);
+    Buffer<char> scratch(static_cast<int64_t>(bytes));
+    const SelectedAttnFwdParams params = x.fwd_params(scratch);
+    ms = median_ms([&] { launch_selected_attn_fwd(row, params, nullptr); });
+  }
+  std::printf("%-5s %s T %7d H %2d/%2d D %3d S %3d K %3d cap %5d MiB ws %5.2f GiB: %8.3f ms  %6.1f ps/row-block %6.1f TFLOP/s\n", pass.c_str(),
+              arch == Arch::kSm90a ? "sm90a" : "sm80 ", int(x.total_q), c.heads_q, c.heads_kv, c.dim, c.block_size, c.topk,
+              int(c.cap >> 20), double(bytes) / (1 << 30), ms, ms * 1e9 / pairs, flop / ms * 1e-9);
+  return 0;
+}
