@@ -1,0 +1,92 @@
+"""Promises that only a GPU can break: no synchronisation, no hidden allocation, streams, graphs."""
+
+import pytest
+import torch
+from cases import OPERATORS, Shape
+from support import DEVICES, assert_same_bits, random_topk_idx
+
+CUDA = [DEVICES[1]]
+SHAPE = Shape(lens_q=[300, 70], dim=64, dim_v=64, group=4, block_size=64, topk=4)
+
+
+IDS = random_topk_idx(2, SHAPE.lens_q, SHAPE.lens_k, 64, 4)
+
+
+def _case(op, device, seed=0):
+    extra = {"topk_idx": IDS} if op == "selected_attention" else {}
+    case = OPERATORS[op](SHAPE, torch.bfloat16, device, seed=seed, **extra)
+    return case, case.douts(torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_no_host_synchronisation(op, device):
+    case, douts = _case(op, device)
+    case.found(douts)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.found(douts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_byte_comes_from_the_callers_allocator(op, device):
+    """Free device memory changes only by what PyTorch's allocator reserves."""
+    case, douts = _case(op, device)
+    case.found(douts)
+    torch.cuda.synchronize()
+    free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+    for _ in range(5):
+        case.found(douts)
+    torch.cuda.synchronize()
+    grown = torch.cuda.memory_reserved() - reserved
+    assert free - torch.cuda.mem_get_info()[0] <= grown
+
+
+@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_current_stream(op, device):
+    """Work on a side stream waits for what that stream did before, and for nothing else."""
+    case, douts = _case(op, device)
+    want = case.found(douts)
+    side = torch.cuda.Stream()
+    late = [x.clone() for x in case.inputs]
+    for x in late:
+        x.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for x, y in zip(late, case.inputs, strict=True):
+            x.copy_(y)
+        case.inputs = late
+        found = case.found(douts)
+    side.synchronize()
+    for a, b in zip([*want[0], *want[1]], [*found[0], *found[1]], strict=True):
+        assert_same_bits(op, a, b)
+
+
+@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_cuda_graph(op, device):
+    """Captured once, replayed with new inputs: the bits of an ordinary call."""
+    case, douts = _case(op, device)
+    other, _ = _case(op, device, seed=50)
+    want = other.found(douts)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            case.found(douts)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = case.found(douts)
+    for x, y in zip(case.inputs, other.inputs, strict=True):
+        x.copy_(y)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip([*want[0], *want[1]], [*found[0], *found[1]], strict=True):
+        assert_same_bits(op, a, b)
