@@ -125,7 +125,7 @@ def held_out_loss(model: LanguageModel, text: Text, schedule: Schedule) -> float
 def sample(
     model: LanguageModel, prompt: bytes, count: int, seed: int, temperature: float = 0.7
 ) -> bytes:
-    """Continues the prompt by `count` bytes, one forward pass over the whole text for each."""
+    """The `count` bytes after the prompt, one forward pass over the whole text for each."""
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
     ids = list(prompt)
@@ -135,4 +135,4 @@ def sample(
             logits = model(window)[-1]
         chances = (logits.float().cpu() / temperature).softmax(-1)
         ids.append(int(torch.multinomial(chances, 1, generator=generator)))
-    return bytes(ids)
+    return bytes(ids[len(prompt) :])

@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +25,12 @@ from ._demo_train import Schedule
 from .info import cuda_is_usable
 
 TOLERANCE = 0.05
+PROMPT_BLOCKS = 1.5  # length of the prompt, in units of the blocks that a query attends to
 QUICK_SHAPE = Shape(
     layers=2, hidden_size=64, mlp_size=128, num_q_heads=4, head_dim=16, length=256, topk=4,
     window_size=32,
 )  # fmt: skip
 QUICK_SCHEDULE = Schedule(steps=20, warmup=5, held_out_batches=2)
-PROMPT = b"def read_lines(self, path):\n    "
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -108,6 +109,17 @@ def save_pictures(
     _demo_plots.plot_selections(folder / "selection.png", selections, sparse.shape)
 
 
+def let_write(model: LanguageModel, text: Text, count: int, seed: int) -> tuple[bytes, bytes]:
+    """(prompt, continuation); the prompt has more blocks than a query can choose."""
+    length = int(PROMPT_BLOCKS * model.shape.topk) * model.shape.block_size
+    prompt = bytes(text.held_out_batches(3, 1, length)[1][0, :-1].tolist())
+    return prompt, _demo_train.sample(model, prompt, count, seed)
+
+
+def indented(text: bytes) -> str:
+    return textwrap.indent(text.decode("utf-8", "replace"), "    ", lambda line: True)
+
+
 def main(argv: list[str]) -> int:
     """Returns 0 if the sparse model's held-out loss is within 5 % of the dense one's, else 1."""
     options = parse(argv)
@@ -139,10 +151,12 @@ def main(argv: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "result.json").write_text(json.dumps(results))
     save_pictures(options.out, results, sparse, text, subtitle)
-    written = _demo_train.sample(sparse, PROMPT, 32 if options.quick else 240, options.seed)
-    (options.out / "sample.txt").write_bytes(written)
-    print("\nwritten by the sparse model, byte by byte:\n")
-    print(written.decode("utf-8", "replace"))
+    prompt, written = let_write(sparse, text, 32 if options.quick else 200, options.seed)
+    (options.out / "sample.txt").write_bytes(prompt + written)
+    print(f"\nfrom {len(prompt)} bytes of held-out text, which end in\n")
+    print(indented(b"\n".join(prompt.split(b"\n")[-4:])))
+    print("\nthe sparse model continues, byte by byte,\n")
+    print(indented(written))
     names = ", ".join(sorted(path.name for path in options.out.iterdir()))
     print(f"\n{options.out}: {names}")
     return 0 if passed else 1

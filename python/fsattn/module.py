@@ -172,6 +172,9 @@ class NativeSparseAttention(nn.Module):
         """
         if x.dim() != 2 or x.shape[1] != self.hidden_size:
             raise ValueError(f"x: shape must be [total, {self.hidden_size}], found {list(x.shape)}")
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            found = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
+            raise TypeError(f"cu_seqlens: must be a tensor of int32 or int64, found {found}")
         cu_seqlens = cu_seqlens.to(torch.int32)
         q = self.proj_q(x).unflatten(1, (self.num_q_heads, self.head_dim))
         k = self._branches(self.proj_k(x), self.head_dim)

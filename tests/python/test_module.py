@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from reference import compress_kv, native_sparse_attention
-from support import assert_same_bits, cu_seqlens, randn
+from support import DEVICES, assert_same_bits, cu_seqlens, randn
 
 import fsattn
 from fsattn.rope import RotaryEmbedding
@@ -349,6 +349,27 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(x, cu), module(x, cu))
 
 
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_cuda_equals_the_definition_and_never_waits(device):
+    module = flash(torch.bfloat16).to(device)
+    exact = flash(torch.bfloat16).double()
+    x, cu = batch(module, dtype=torch.bfloat16)
+    x_device, cu_device = x.to(device).requires_grad_(), cu.to(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y, topk_idx = module(x_device, cu_device, return_topk_idx=True)
+        y.backward(torch.ones_like(y))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    leaf = x.double().requires_grad_()
+    expected = exact(leaf, cu, topk_idx=topk_idx.cpu())
+    expected.backward(torch.ones_like(expected))
+    pairs = [(y, expected), (x_device.grad, leaf.grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(module.parameters(), exact.parameters())]
+    for found, truth in pairs:
+        assert (found.cpu().double() - truth).norm() < 1e-2 * truth.norm()
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 
@@ -386,3 +407,11 @@ def test_unknown_rope_type_is_declined():
 def test_shape_of_x(shape):
     with pytest.raises(ValueError, match=r"x: shape must be \[total, 24\], found"):
         flash()(torch.zeros(shape, dtype=torch.float64), cu_seqlens([5]))
+
+
+@pytest.mark.parametrize(
+    ("cu", "found"), [([0, 5], "list"), (torch.tensor([0.0, 5.0]), "torch.float32")]
+)
+def test_type_of_cu_seqlens(cu, found):
+    with pytest.raises(TypeError, match=f"cu_seqlens: .*int64, found {found}"):
+        flash()(torch.zeros(5, 24, dtype=torch.float64), cu)
