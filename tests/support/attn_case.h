@@ -204,26 +204,27 @@ struct AttnCase {
 using Visible =
     std::function<bool(int64_t seq, int64_t head_kv, int64_t token, int64_t position, int64_t key)>;
 
-// fp64 results, flat: o [total_q, Hq, Dv] and so on.
+// Results, flat: o [total_q, Hq, Dv] and so on.
 struct Expected {
   std::vector<double> o, lse, dq, dk, dv;
 };
 
 // One query row: scores of its visible keys, -inf elsewhere.
-inline std::vector<double> scores_of(const AttnCase& c, const Visible& visible, int64_t seq,
-                                     int64_t token, int64_t head) {
+template <class Real>
+std::vector<Real> scores_of(const AttnCase& c, const Visible& visible, int64_t seq, int64_t token,
+                            int64_t head) {
   const auto b = static_cast<size_t>(seq);
   const int64_t kv = head / c.shape.group_size(), num_keys = c.cu_keys[b + 1] - c.cu_keys[b];
   const int64_t position = token - c.cu_q[b] + c.offset(seq);
-  std::vector<double> scores(static_cast<size_t>(num_keys),
-                             -std::numeric_limits<double>::infinity());
+  std::vector<Real> scores(static_cast<size_t>(num_keys), -std::numeric_limits<Real>::infinity());
   for (int64_t j = 0; j < num_keys; ++j) {
     if (!visible(seq, kv, token, position, j)) continue;
-    double dot = 0;
+    Real dot = 0;
     for (int64_t i = 0; i < c.shape.head_dim; ++i) {
-      dot += c.q.get(token, head, i) * c.k.get(c.cu_keys[b] + j, kv, i);
+      dot += static_cast<Real>(c.q.get(token, head, i)) *
+             static_cast<Real>(c.k.get(c.cu_keys[b] + j, kv, i));
     }
-    scores[static_cast<size_t>(j)] = dot * c.shape.softmax_scale;
+    scores[static_cast<size_t>(j)] = dot * static_cast<Real>(c.shape.softmax_scale);
   }
   return scores;
 }
@@ -238,87 +239,128 @@ void for_each_row(const AttnCase& c, const F& f) {
   }
 }
 
-inline Expected expected_fwd(const AttnCase& c, const Visible& visible) {
-  const int64_t hq = c.shape.num_heads_q, dv = c.shape.head_dim_v;
+// A tensor of sums, kept in Real.
+template <class Real>
+struct Sums {
+  int64_t heads, dim;
+  std::vector<Real> values;
+
+  Sums(const Tensor& like)
+      : heads(like.heads),
+        dim(like.dim),
+        values(static_cast<size_t>(like.tokens * like.heads * like.dim), 0) {}
+  Real& at(int64_t token, int64_t head, int64_t i) {
+    return values[static_cast<size_t>((token * heads + head) * dim + i)];
+  }
+  std::vector<double> result() const { return {values.begin(), values.end()}; }
+};
+
+// Real is the type of the arithmetic.
+template <class Real = double>
+Expected expected_fwd(const AttnCase& c, const Visible& visible) {
+  Sums<Real> o(c.o);
   Expected e;
-  e.o.assign(static_cast<size_t>(c.packing.total_q * hq * dv), 0);
-  e.lse.assign(static_cast<size_t>(c.packing.total_q * hq),
+  e.lse.assign(static_cast<size_t>(c.packing.total_q * c.shape.num_heads_q),
                -std::numeric_limits<double>::infinity());
   for_each_row(c, [&](int64_t seq, int64_t token, int64_t head) {
-    const std::vector<double> s = scores_of(c, visible, seq, token, head);
-    double largest = -std::numeric_limits<double>::infinity(), sum = 0;
-    for (const double x : s) largest = std::max(largest, x);
+    const std::vector<Real> s = scores_of<Real>(c, visible, seq, token, head);
+    Real largest = -std::numeric_limits<Real>::infinity(), sum = 0;
+    for (const Real x : s) largest = std::max(largest, x);
     if (std::isinf(largest)) return;
-    for (const double x : s) sum += std::exp(x - largest);
-    e.lse[static_cast<size_t>(head * c.packing.total_q + token)] = largest + std::log(sum);
+    for (const Real x : s) sum += std::exp(x - largest);
+    e.lse[static_cast<size_t>(head * c.packing.total_q + token)] =
+        static_cast<double>(largest + std::log(sum));
     for (size_t j = 0; j < s.size(); ++j) {
-      const double p = std::exp(s[j] - largest) / sum;
+      const Real p = std::exp(s[j] - largest) / sum;
       if (p == 0) continue;
       const int64_t row = c.cu_keys[static_cast<size_t>(seq)] + static_cast<int64_t>(j);
-      for (int64_t i = 0; i < dv; ++i) {
-        e.o[static_cast<size_t>((token * hq + head) * dv + i)] +=
-            p * c.v.get(row, head / c.shape.group_size(), i);
+      for (int64_t i = 0; i < c.shape.head_dim_v; ++i) {
+        o.at(token, head, i) += p * static_cast<Real>(c.v.get(row, head / c.shape.group_size(), i));
       }
     }
   });
+  e.o = o.result();
   return e;
 }
 
 // From the case's o and lse, as a backward call gets them.
-inline Expected expected_bwd(const AttnCase& c, const Visible& visible) {
-  const int64_t hq = c.shape.num_heads_q, d = c.shape.head_dim, dv = c.shape.head_dim_v;
-  const int64_t hkv = c.shape.num_heads_kv;
-  Expected e;
-  e.dq.assign(static_cast<size_t>(c.packing.total_q * hq * d), 0);
-  e.dk.assign(static_cast<size_t>(c.k.tokens * hkv * d), 0);
-  e.dv.assign(static_cast<size_t>(c.k.tokens * hkv * dv), 0);
+template <class Real = double>
+Expected expected_bwd(const AttnCase& c, const Visible& visible) {
+  const int64_t d = c.shape.head_dim, dv = c.shape.head_dim_v;
+  Sums<Real> dq(c.q), dk(c.k), dval(c.v);
   for_each_row(c, [&](int64_t seq, int64_t token, int64_t head) {
-    const std::vector<double> s = scores_of(c, visible, seq, token, head);
+    const std::vector<Real> s = scores_of<Real>(c, visible, seq, token, head);
     const int64_t kv = head / c.shape.group_size();
-    double delta = -c.stat(c.dlse, head, token);
-    for (int64_t i = 0; i < dv; ++i) delta += c.dout.get(token, head, i) * c.o.get(token, head, i);
+    const auto dout = [&](int64_t i) { return static_cast<Real>(c.dout.get(token, head, i)); };
+    Real delta = 0;
+    // From the end: in the order of dP, a query with one visible key would cancel without any error.
+    for (int64_t i = dv - 1; i >= 0; --i) {
+      delta += dout(i) * static_cast<Real>(c.o.get(token, head, i));
+    }
+    delta -= static_cast<Real>(c.stat(c.dlse, head, token));
     for (size_t j = 0; j < s.size(); ++j) {
       if (std::isinf(s[j])) continue;
       const int64_t row = c.cu_keys[static_cast<size_t>(seq)] + static_cast<int64_t>(j);
-      const double p = std::exp(s[j] - c.stat(c.lse, head, token));
-      double dp = 0;
+      const Real p = std::exp(s[j] - static_cast<Real>(c.stat(c.lse, head, token)));
+      Real dp = 0;
       for (int64_t i = 0; i < dv; ++i) {
-        dp += c.dout.get(token, head, i) * c.v.get(row, kv, i);
-        e.dv[static_cast<size_t>((row * hkv + kv) * dv + i)] += p * c.dout.get(token, head, i);
+        dp += dout(i) * static_cast<Real>(c.v.get(row, kv, i));
+        dval.at(row, kv, i) += p * dout(i);
       }
-      const double ds = p * (dp - delta) * c.shape.softmax_scale;
+      const Real ds = p * (dp - delta) * static_cast<Real>(c.shape.softmax_scale);
       for (int64_t i = 0; i < d; ++i) {
-        e.dq[static_cast<size_t>((token * hq + head) * d + i)] += ds * c.k.get(row, kv, i);
-        e.dk[static_cast<size_t>((row * hkv + kv) * d + i)] += ds * c.q.get(token, head, i);
+        dq.at(token, head, i) += ds * static_cast<Real>(c.k.get(row, kv, i));
+        dk.at(row, kv, i) += ds * static_cast<Real>(c.q.get(token, head, i));
       }
     }
   });
-  return e;
+  return {{}, {}, dq.result(), dk.result(), dval.result()};
 }
 
-// The largest error over rounding: |found - expected| / (tolerance of the dtype * (|expected| + rms)).
-// Above 1 is a failure; NaN counts as infinite.
-inline double error_of(const Tensor& found, const std::vector<double>& expected) {
-  double squares = 0, worst = 0;
-  for (const double x : expected) squares += x * x;
-  const double rms = std::sqrt(squares / std::max<double>(1, double(expected.size())));
-  const DType dtype = found.dtype;
-  const double unit = dtype == DType::kFloat64   ? 1e-13
-                      : dtype == DType::kFloat32 ? 2e-6
-                      : dtype == DType::kFloat16 ? 0x1.1p-11
-                                                 : 0x1.04p-8;
-  size_t n = 0;
-  for (int64_t t = 0; t < found.tokens; ++t) {
-    for (int64_t h = 0; h < found.heads; ++h) {
-      for (int64_t i = 0; i < found.dim; ++i, ++n) {
-        const double x = found.get(t, h, i);
-        const double error = std::fabs(x - expected[n]) /
-                             (unit * std::fabs(expected[n]) + std::min(unit, 4e-6) * rms + 1e-30);
-        worst = std::isnan(x) ? std::numeric_limits<double>::infinity() : std::max(worst, error);
-      }
-    }
+// Largest distance of two equally long lists; a NaN or an unmatched infinity counts as infinite.
+inline double distance(const std::vector<double>& a, const std::vector<double>& b) {
+  double worst = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (a[i] == b[i]) continue;
+    const double x = std::fabs(a[i] - b[i]);
+    worst = std::isnan(x) ? std::numeric_limits<double>::infinity() : std::max(worst, x);
   }
   return worst;
+}
+
+inline double rms(const std::vector<double>& a) {
+  double squares = 0;
+  for (const double x : a) squares += x * x;
+  return std::sqrt(squares / std::max(1.0, double(a.size())));
+}
+
+inline std::vector<double> flat(const Tensor& t) {
+  std::vector<double> values;
+  for (int64_t token = 0; token < t.tokens; ++token) {
+    for (int64_t head = 0; head < t.heads; ++head) {
+      for (int64_t i = 0; i < t.dim; ++i) values.push_back(t.get(token, head, i));
+    }
+  }
+  return values;
+}
+
+inline std::vector<double> rounded(std::vector<double> values, DType dtype) {
+  double to = 0;
+  for (double& x : values) {
+    write(&to, dtype, 0, x);
+    x = read(&to, dtype, 0);
+  }
+  return values;
+}
+
+// The contract's tolerance: the error over that of a plain loop in the compute type, rounded to the
+// dtype. Above 2 is a failure.
+inline double error_ratio(const std::vector<double>& found, const std::vector<double>& exact,
+                          const std::vector<double>& plain, DType dtype) {
+  // One ulp for lists so short or so exact that the loop has no error by luck.
+  const double ulp = dtype == DType::kFloat64 ? 0x1p-52 : 0x1p-23;
+  return distance(found, exact) /
+         (distance(rounded(plain, dtype), exact) + ulp * rms(exact) + 1e-300);
 }
 
 }  // namespace fsattn::test
