@@ -17,6 +17,15 @@ __all__ = ["FlashSparseAttention", "NativeSparseAttention"]
 
 _COMPRESS_KINDS = ("mean", "weighted", "softmax", "linear")
 _KV_BRANCHES = 3  # compressed, selected, window
+_WINDOWS = ("kernel_size", "kernel_stride")
+_SELECTION = (
+    "block_size",
+    "topk",
+    "init_blocks",
+    "local_blocks",
+    "group_reduce",
+    "score_dtype",
+)
 
 
 class NativeSparseAttention(nn.Module):
@@ -183,6 +192,8 @@ class NativeSparseAttention(nn.Module):
             k[0], self.compress_key, self.intra_block_pe, cu_seqlens, max_seqlen
         )
         v_cmp, _ = self._compress(v[0], self.compress_value, None, cu_seqlens, max_seqlen)
+        # What the selected and the window branch read: one projection for both, or the last two.
+        k, v = k[-2:], v[-2:]
         if self.rope is not None:
             # After the compression, which reads keys before their rotation: the compressed key is
             # rotated as a whole, to the first position of its window.
@@ -193,21 +204,11 @@ class NativeSparseAttention(nn.Module):
         lengths = {
             "cu_seqlens_q": cu_seqlens,
             "cu_seqlens_k": cu_seqlens,
+            "cu_seqlens_cmp": cu_seqlens_cmp,
             "max_seqlen_q": max_seqlen,
             "max_seqlen_k": max_seqlen,
-            "softmax_scale": self.softmax_scale,
         }
-        o, topk_idx = attend(
-            q,
-            k,
-            v,
-            k_cmp,
-            v_cmp,
-            self._gate_logits(x),
-            topk_idx,
-            cu_seqlens_cmp,
-            lengths,
-        )
+        o, topk_idx = attend(q, k, v, k_cmp, v_cmp, self._gate_logits(x), topk_idx, lengths)
         y = self.proj_o(o.flatten(1))
         return (y, topk_idx) if return_topk_idx else y
 
@@ -241,48 +242,33 @@ class NativeSparseAttention(nn.Module):
             pos_emb=None if pos_emb is None else pos_emb.to(x.dtype),
         )
 
-    def _selection(self) -> dict[str, int | str]:
-        return {
-            "block_size": self.block_size,
-            "topk": self.topk,
-            "init_blocks": self.init_blocks,
-            "local_blocks": self.local_blocks,
-            "group_reduce": self.group_reduce,
-            "score_dtype": self.score_dtype,
-        }
+    def _options(self, *names: str) -> dict[str, int | float | str | None]:
+        """Those attributes that an operator takes under the same name."""
+        return {name: getattr(self, name) for name in ("softmax_scale", *names)}
 
-    def _attend_shared(self, q, k, v, k_cmp, v_cmp, gates, topk_idx, cu_seqlens_cmp, lengths):
+    def _attend_shared(self, q, k, v, k_cmp, v_cmp, gates, topk_idx, lengths):
+        """One key and value for the selected and the window branch: the fused operator."""
+        options = self._options(*_WINDOWS, *_SELECTION, "window_size")
         return F.native_sparse_attention(
-            q,
-            k[0],
-            v[0],
-            k_cmp,
-            v_cmp,
-            gates,
-            cu_seqlens_cmp=cu_seqlens_cmp,
-            kernel_size=self.kernel_size,
-            kernel_stride=self.kernel_stride,
-            window_size=self.window_size,
+            *(q, k[0], v[0], k_cmp, v_cmp, gates),
             topk_idx=topk_idx,
             return_topk_idx=True,
-            **self._selection(),
             **lengths,
+            **options,
         )
 
-    def _attend_separate(self, q, k, v, k_cmp, v_cmp, gates, topk_idx, cu_seqlens_cmp, lengths):
-        """The single operators: the fused call has one k and one v for two branches."""
-        compression = {
-            "cu_seqlens_cmp": cu_seqlens_cmp,
-            "kernel_size": self.kernel_size,
-            "kernel_stride": self.kernel_stride,
-        }
-        o_cmp, lse = F.compressed_attention(
-            q, k_cmp, v_cmp, return_lse=True, **compression, **lengths
-        )
+    def _attend_separate(self, q, k, v, k_cmp, v_cmp, gates, topk_idx, lengths):
+        """Keys and values for each branch: the single operators."""
+        windows = self._options(*_WINDOWS)
+        o_cmp, lse = F.compressed_attention(q, k_cmp, v_cmp, return_lse=True, **windows, **lengths)
         if topk_idx is None:
-            topk_idx = F.select_blocks(q, k_cmp, lse, **compression, **self._selection(), **lengths)
-        o_sel = F.selected_attention(q, k[1], v[1], topk_idx, block_size=self.block_size, **lengths)
-        o_win = F.window_attention(q, k[2], v[2], window_size=self.window_size, **lengths)
+            options = self._options(*_WINDOWS, *_SELECTION)
+            topk_idx = F.select_blocks(q, k_cmp, lse, **options, **lengths)
+        lengths = {name: lengths[name] for name in lengths if name != "cu_seqlens_cmp"}
+        options = self._options("block_size")
+        o_sel = F.selected_attention(q, k[0], v[0], topk_idx, **options, **lengths)
+        options = self._options("window_size")
+        o_win = F.window_attention(q, k[1], v[1], **options, **lengths)
         return F.gate(o_cmp, o_sel, o_win, gates), topk_idx
 
 
