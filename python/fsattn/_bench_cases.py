@@ -122,13 +122,11 @@ def _compressed_keys(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _compressed(problem: Problem) -> Case:
-    q, k, v = problem.q(), problem.k(), problem.v()
+    q = problem.q()
     k_cmp, v_cmp = _compressed_keys(problem)
 
     def forward() -> Tensor:
-        return functional.compressed_attention(
-            q, k_cmp, v_cmp, max_seqlen_k=k.shape[1], **problem.windows
-        )
+        return functional.compressed_attention(q, k_cmp, v_cmp, **problem.windows)
 
     def work(backward: bool) -> counts.Work:
         return counts.compressed(problem.config, q.element_size(), backward, problem.tokens)
@@ -159,8 +157,7 @@ def _index(problem: Problem, selection: Selection) -> Case:
     topk_idx = _selection_tensor(problem, selection)
 
     def forward() -> Tensor:
-        index = functional.build_block_index(topk_idx, block_size=problem.config.block_size)
-        return index.block_start
+        return functional.build_block_index(topk_idx, block_size=problem.config.block_size)[0]
 
     def work(_: bool) -> counts.Work:
         return counts.index(problem.config, problem.tokens)
