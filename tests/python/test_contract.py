@@ -2,10 +2,10 @@
 
 Promise                               Test
 ------------------------------------  ------------------------------------------------------------
-Exact selection (a mask, not a guess)     test_properties: test_arbitrary_block_ids, test_random_shapes
+Exact selection                       test_properties: test_arbitrary_block_ids, test_random_shapes
 Safe softmax, finite where exact is   test_finite_*; test_checklist: test_6_*;
                                       test_properties: test_random_large_logits
-fp16 partials never pass through bf16     test_fp16_keeps_its_precision
+fp16 partials are not rounded to bf16 test_fp16_keeps_its_precision
 Error at most twice PyTorch's         test_operators: test_against_definition, test_compress_kinds
 Statistics fp32, fp64 for fp64        cases.check_case in every comparison; test_lse_is_natural
 Same bits in two runs                 test_operators: test_two_runs_give_the_same_bits
@@ -19,8 +19,8 @@ Strides honoured, dO as well          test_operators: test_strides, test_expande
 One call equals its parts             test_native_equals_its_parts
 Workspace: formula, user-set cap      test_memory
 Linear memory                         test_memory
-No host synchronisation, no allocation    test_contract_cuda (needs a GPU)
-Current stream and device, CUDA graphs    test_contract_cuda (needs a GPU)
+No synchronisation, no allocation     test_contract_cuda (needs a GPU)
+Current stream, CUDA graphs           test_contract_cuda (needs a GPU)
 torch.compile(fullgraph=True)         test_compile_fullgraph, test_torch_integration
 torch.library.opcheck                 test_torch_integration
 torch.utils.checkpoint                test_checkpoint, test_torch_integration

@@ -1,8 +1,8 @@
 """The definition of every operator: naive, dense, readable PyTorch, from the contract alone.
 
 Every function works in the dtype of its inputs. With float64 inputs it is the truth that tests
-compare against; with the dtype under test it is "the same computation in PyTorch", whose error sets the
-tolerance. Gradients come from autograd. Nothing here shares code with the library.
+compare against; with the dtype under test it is "the same computation in PyTorch", whose error
+sets the tolerance. Gradients come from autograd. Nothing here shares code with the library.
 
 Layouts are packed: q [total_q, Hq, D], k [total_k, Hkv, D], v [total_k, Hkv, Dv]; cu_seqlens are
 sequences of B + 1 integers (lists or tensors); lse is [Hq, total_q].
