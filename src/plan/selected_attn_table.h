@@ -52,6 +52,28 @@ inline constexpr std::array kSelectedAttnFwdTable{
                           64 },
 };
 
+// Backward has one algorithm, block-major with mma.sync, on parts of 64 keys.
+struct SelectedAttnBwdConfig {
+  Arch arch;
+  DType dtype;
+  int head_dim;
+  int head_dim_v;
+};
+
+inline constexpr int kSelectedBwdKeys = 64;
+
+// Columns: arch, dtype, head_dim, head_dim_v. The first row that fits wins.
+inline constexpr std::array kSelectedAttnBwdTable{
+    SelectedAttnBwdConfig{Arch::kSm80, DType::kBFloat16, 64,  64 },
+    SelectedAttnBwdConfig{Arch::kSm80, DType::kBFloat16, 128, 128},
+    SelectedAttnBwdConfig{Arch::kSm80, DType::kBFloat16, 192, 128},
+    SelectedAttnBwdConfig{Arch::kSm80, DType::kBFloat16, 256, 256},
+    SelectedAttnBwdConfig{Arch::kSm80, DType::kFloat16,  64,  64 },
+    SelectedAttnBwdConfig{Arch::kSm80, DType::kFloat16,  128, 128},
+    SelectedAttnBwdConfig{Arch::kSm80, DType::kFloat16,  192, 128},
+    SelectedAttnBwdConfig{Arch::kSm80, DType::kFloat16,  256, 256},
+};
+
 // ---- Splitting the work ----
 
 // What the split depends on. All of it is known on the host.
@@ -103,27 +125,34 @@ struct SelectedSplit {
 };
 
 inline constexpr int64_t kSelectedItemBytes = 32;
-inline constexpr int64_t kMaxSegmentsPerLaunch = 512;
+inline constexpr int64_t kMaxSegmentsPerLaunch = 128;
 
-// `row_bytes`: workspace of one partial row. `item_rows`: query rows of one work item, at most.
-constexpr SelectedSplit split_selected(const SelectedShape& shape, int64_t row_bytes,
-                                       int64_t item_rows) {
+// What forward and backward choose differently.
+struct SelectedSplitRules {
+  int64_t keys;        // of a part, at most
+  int64_t row_bytes;   // workspace of one partial row
+  int64_t item_rows;   // query rows of one work item, at most
+  int64_t range_rows;  // query rows of a segment, wanted
+};
+
+constexpr SelectedSplit split_selected(const SelectedShape& shape,
+                                       const SelectedSplitRules& rules) {
   constexpr int64_t kMaxRows = int64_t{1} << 30;      // row numbers are 32-bit
   constexpr int64_t kBuildBytes = int64_t{64} << 20;  // work items built ahead
   constexpr int64_t kMaxItemEntries = 512;
   const int64_t group = shape.group_size();
   SelectedSplit s{};
-  s.keys = selected_keys(shape.head_dim, shape.head_dim_v, shape.block_size);
+  s.keys = std::min(shape.block_size, rules.keys);
   s.splits = shape.block_size / s.keys;
   s.num_parts = shape.num_block_slots() * s.splits;
   s.partials = shape.topk * s.splits;
 
   // Long ranges give long runs of one block; short ones keep the queries in the L2 (measured).
   const int64_t most_ranges = group >= 8 ? 16 : 8;
-  const int64_t wanted =
-      std::max(ceil_div<int64_t>(32768, group), ceil_div<int64_t>(shape.total_q, most_ranges));
+  const int64_t wanted = std::max(ceil_div<int64_t>(rules.range_rows, group),
+                                  ceil_div<int64_t>(shape.total_q, most_ranges));
   const int64_t cap_rows =
-      std::min(static_cast<int64_t>(shape.workspace_cap) / row_bytes, kMaxRows);
+      std::min(static_cast<int64_t>(shape.workspace_cap) / rules.row_bytes, kMaxRows);
   const int64_t token_rows = s.partials * group;
   constexpr int64_t kMinRange = 16;  // holds under any cap
   const int64_t range = std::max(std::min(wanted, cap_rows / token_rows), kMinRange);
@@ -135,7 +164,7 @@ constexpr SelectedSplit split_selected(const SelectedShape& shape, int64_t row_b
   s.num_launches = ceil_div(s.num_segments, std::max<int64_t>(1, most));
   s.segments_per_launch = s.num_launches == 0 ? 1 : ceil_div(s.num_segments, s.num_launches);
 
-  s.item_entries = std::clamp<int64_t>(item_rows / group, 1, kMaxItemEntries);
+  s.item_entries = std::clamp<int64_t>(rules.item_rows / group, 1, kMaxItemEntries);
   s.item_capacity =
       std::min(s.num_parts, s.range * s.partials) + ceil_div(s.range * s.partials, s.item_entries);
   const int64_t launch_bytes = s.segments_per_launch * s.item_capacity * kSelectedItemBytes;
@@ -181,12 +210,13 @@ struct SelectedFwdLayout {
   size_t counters, item_counts, items, partial_lse, partial, bytes;
 };
 
-inline constexpr int64_t kSelectedFwdItemRows = 1024;
-
 constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape) {
-  const int64_t row_bytes = shape.head_dim_v * 2 + 4;
   SelectedFwdLayout l{};
-  l.split = split_selected(shape, row_bytes, kSelectedFwdItemRows);
+  l.split = split_selected(
+      shape, {.keys = selected_keys(shape.head_dim, shape.head_dim_v, shape.block_size),
+              .row_bytes = shape.head_dim_v * 2 + 4,
+              .item_rows = 1024,
+              .range_rows = 32768});
   const SelectedSplit& s = l.split;
   const int64_t rows = s.rows_per_launch(shape.group_size());
   WorkspaceCursor at;
@@ -217,8 +247,70 @@ constexpr int find_selected_attn_fwd_row(Arch arch, const Problem& problem) {
   return -1;
 }
 
+constexpr int find_selected_attn_bwd_row(const Problem& problem) {
+  for (int row = 0; row < static_cast<int>(kSelectedAttnBwdTable.size()); ++row) {
+    const SelectedAttnBwdConfig& config = kSelectedAttnBwdTable[static_cast<size_t>(row)];
+    if (config.dtype == problem.dtype && problem.head_dim <= config.head_dim &&
+        problem.head_dim_v <= config.head_dim_v) {
+      return row;
+    }
+  }
+  return -1;
+}
+
 constexpr size_t selected_attn_fwd_workspace(const Problem& problem) {
   return selected_fwd_layout(selected_shape(problem)).bytes;
+}
+
+// ---- Backward ----
+
+// Scratch of the backward. A launch covers whole KV heads, or some of the ranges of one; in that case
+// dK and dV of the head are summed in fp32 across its launches. Beside the partial rows of dQ, which
+// obey the cap, each work item writes its part of dK and dV in fp32.
+struct SelectedBwdLayout {
+  SelectedSplit split;
+  int64_t heads_per_launch, ranges_per_launch, launches_per_head;
+  SelectedIndexRegions index;
+  size_t stats, counters, item_counts, items, part_items, marks, dkv_sum, dkv_items, dq_partial,
+      bytes;
+
+  constexpr int64_t segments_per_launch() const { return heads_per_launch * ranges_per_launch; }
+  constexpr int64_t num_launches(int64_t num_heads_kv) const {
+    return ceil_div(num_heads_kv, heads_per_launch) * launches_per_head;
+  }
+};
+
+constexpr SelectedBwdLayout selected_bwd_layout(const SelectedShape& shape) {
+  SelectedBwdLayout l{};
+  l.split = split_selected(shape, {.keys = kSelectedBwdKeys,
+                                   .row_bytes = shape.head_dim * 2,
+                                   .item_rows = 2048,
+                                   .range_rows = 65536});
+  const SelectedSplit& s = l.split;
+  const bool has_whole_heads = s.segments_per_launch >= s.num_ranges;
+  l.launches_per_head =
+      has_whole_heads ? 1 : ceil_div(s.num_ranges, std::max<int64_t>(1, s.segments_per_launch));
+  l.ranges_per_launch = ceil_div(s.num_ranges, l.launches_per_head);
+  l.heads_per_launch = has_whole_heads ? s.segments_per_launch / s.num_ranges : 1;
+  const int64_t segments = l.segments_per_launch(), launches = l.num_launches(shape.num_heads_kv);
+  const int64_t slots = segments * s.range * s.partials, dims = shape.head_dim + shape.head_dim_v;
+  WorkspaceCursor at;
+  l.index = take_index_regions(shape, at);
+  l.stats = at.take(shape.total_q * shape.num_heads_q * 8);
+  l.counters = at.take(launches * 4);
+  l.item_counts = at.take(segments * 4);
+  l.items = at.take(segments * s.item_capacity * kSelectedItemBytes);
+  l.part_items = at.take(segments * (s.num_parts + 1) * 4);
+  l.marks = at.take(slots);
+  l.dkv_sum = at.take(has_whole_heads ? 0 : shape.total_k * dims * 4);
+  l.dkv_items = at.take(segments * s.item_capacity * s.keys * dims * 4);
+  l.dq_partial = at.take(slots * shape.group_size() * shape.head_dim * 2);
+  l.bytes = at.bytes;
+  return l;
+}
+
+constexpr size_t selected_attn_bwd_workspace(const Problem& problem) {
+  return selected_bwd_layout(selected_shape(problem)).bytes;
 }
 
 }  // namespace fsattn

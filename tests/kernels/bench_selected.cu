@@ -42,12 +42,20 @@ int main(int argc, char** argv) {
   SelectedProblem<__nv_bfloat16> x(c);
   double pairs = 0;  // query row times key block
   for (int64_t t = 0; t < x.total_q; ++t) pairs += double(std::min<int64_t>(c.topk, t / c.block_size + 1)) * c.heads_q;
-  const double flop = pairs * 4 * c.block_size * c.dim;
+  const double flop = pairs * (pass == "bwd" ? 10 : 4) * c.block_size * c.dim;
   const Problem problem = x.problem();
   double ms = 0;
   size_t bytes = 0;
   if (pass == "index") {
     ms = median_ms([&] { x.build_index(); });
+  } else if (pass == "bwd") {
+    bytes = selected_attn_bwd_workspace(problem);
+    Buffer<char> scratch(static_cast<int64_t>(std::max(bytes, selected_attn_fwd_workspace(problem))));
+    launch_selected_attn_fwd(find_selected_attn_fwd_row(arch, problem), x.fwd_params(scratch), nullptr);
+    const Strided<__nv_bfloat16> dq(x.total_q, c.heads_q, c.dim, 0, 0);
+    const Strided<__nv_bfloat16> dk(x.total_k, c.heads_kv, c.dim, 0, 0), dv(x.total_k, c.heads_kv, c.dim, 0, 0);
+    const SelectedAttnBwdParams params = x.bwd_params(dq, dk, dv, scratch);
+    ms = median_ms([&] { launch_selected_attn_bwd(find_selected_attn_bwd_row(problem), params, nullptr); });
   } else {
     const int row = find_selected_attn_fwd_row(arch, problem);
     bytes = selected_attn_fwd_workspace(problem);

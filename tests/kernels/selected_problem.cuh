@@ -48,7 +48,9 @@ struct SelectedProblem {
         k(total_k, c.heads_kv, c.dim, gap(16), gap(8)),
         v(total_k, c.heads_kv, c.dim_v, gap(8), gap(32)),
         o(total_q, c.heads_q, c.dim_v, gap(24), gap(8)),
-        lse(c.heads_q * total_q) {
+        lse(c.heads_q * total_q),
+        dlse(c.heads_q * total_q),
+        dout(total_q, c.heads_q, c.dim_v, gap(16), gap(24)) {
     cu_q.upload(cu_q_host);
     cu_k.upload(cu_k_host);
     if (!c.q_offset.empty()) q_offset.upload(c.q_offset);
@@ -58,6 +60,8 @@ struct SelectedProblem {
     fill(q, 11, c.logit_scale);
     fill(k, 12, 1.f);
     fill(v, 13, 1.f);
+    fill(dout, 14, 1.f);
+    fill_floats<<<256, 256>>>(dlse.data, dlse.size, 15);
     if (c.has_index) build_index();
   }
 
@@ -127,6 +131,15 @@ struct SelectedProblem {
             c.cap,
             {scratch.data, scratch.bytes()}};
   }
+  // The caller sets what it wants accumulated, and dlse to null for none.
+  SelectedAttnBwdParams bwd_params(const Strided<Element>& dq, const Strided<Element>& dk,
+                                   const Strided<Element>& dv, const Buffer<char>& scratch) const {
+    return {{packing(), shape(), rows(dout), {dlse.data, total_q}, rows(q), rows(k), rows(v), rows(o),
+             {lse.data, total_q}, rows(dq), rows(dk), rows(dv), false, false},
+            mask(),
+            c.cap,
+            {scratch.data, scratch.bytes()}};
+  }
   ReferenceArgs<Element> reference_args() const {
     ReferenceArgs<Element> a{};
     a.q = q.buffer.data, a.k = k.buffer.data, a.v = v.buffer.data;
@@ -146,7 +159,8 @@ struct SelectedProblem {
   int64_t total_q, total_k, batch, num_slots;
   Buffer<int32_t> cu_q, cu_k, q_offset, topk_idx;
   Strided<Element> q, k, v, o;
-  Buffer<float> lse;
+  Buffer<float> lse, dlse;
+  Strided<Element> dout;
   std::unique_ptr<Buffer<int32_t>> index_start, index_entry;
 };
 
@@ -166,6 +180,32 @@ struct ForwardReference {
     CUDA_OK(cudaDeviceSynchronize());
     o = out.download();
     lse = stats.download();
+  }
+};
+
+// dq [total_q, Hq, D], dk, dv [total_k, Hkv, D or Dv] in float64.
+struct BackwardReference {
+  std::vector<double> dq, dk, dv;
+
+  template <class Element>
+  BackwardReference(const SelectedProblem<Element>& x, bool has_dlse) {
+    constexpr int kCtas = 1024;
+    const Case& c = x.c;
+    Buffer<double> o(x.total_q * c.heads_q * c.dim_v), lse(x.total_q * c.heads_q);
+    Buffer<double> dq_out(x.total_q * c.heads_q * c.dim);
+    Buffer<double> dk_out(x.total_k * c.heads_kv * c.dim), dv_out(x.total_k * c.heads_kv * c.dim_v);
+    CUDA_OK(cudaMemset(dk_out.data, 0, dk_out.bytes()));
+    CUDA_OK(cudaMemset(dv_out.data, 0, dv_out.bytes()));
+    Buffer<double> scratch(int64_t{kCtas} * 2 * c.topk * c.block_size);
+    ReferenceArgs<Element> a = x.reference_args();
+    a.o = o.data, a.lse = lse.data, a.scratch = scratch.data;
+    a.dq = dq_out.data, a.dk = dk_out.data, a.dv = dv_out.data, a.dlse = has_dlse ? x.dlse.data : nullptr;
+    a.dout = x.dout.buffer.data, a.do_token = x.dout.token_stride, a.do_head = x.dout.head_stride;
+    reference_kernel<<<kCtas, kReferenceThreads>>>(a);
+    CUDA_OK(cudaDeviceSynchronize());
+    dq = dq_out.download();
+    dk = dk_out.download();
+    dv = dv_out.download();
   }
 };
 

@@ -100,6 +100,13 @@ void fill(Strided<Element>& x, uint64_t seed, float scale) {
   CUDA_OK(cudaGetLastError());
 }
 
+static __global__ void fill_floats(float* x, int64_t n, uint64_t seed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    x[i] = hash32(seed * 0x100000001ull + i) * 4.6566129e-10f - 1.f;
+  }
+}
+
 // A problem as the reference sees it.
 template <class Element>
 struct ReferenceArgs {

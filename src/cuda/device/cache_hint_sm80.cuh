@@ -1,4 +1,4 @@
-// Copies that carry an L2 eviction priority.
+// Copies that copy_sm80.cuh lacks: with an L2 eviction priority and zero fill, and of 8 bytes.
 #pragma once
 #include <cstdint>
 
@@ -10,6 +10,10 @@ __device__ __forceinline__ void cp_async_16_zero_fill(uint32_t dst, const void* 
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(dst),
                "l"(src), "r"(bytes), "l"(policy)
                : "memory");
+}
+
+__device__ __forceinline__ void cp_async_8(uint32_t dst, const void* src) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(dst), "l"(src) : "memory");
 }
 
 }  // namespace fsattn::device

@@ -13,4 +13,7 @@ void launch_selected_attn_bwd(int row, const SelectedAttnBwdParams& params, Stre
 template <SelectedAttnFwdConfig kConfig>
 void launch_selected_attn_fwd(const SelectedAttnFwdParams& params, Stream stream);
 
+template <SelectedAttnBwdConfig kConfig>
+void launch_selected_attn_bwd(const SelectedAttnBwdParams& params, Stream stream);
+
 }  // namespace fsattn

@@ -204,8 +204,10 @@ __device__ __forceinline__ void load_part(const FwdArgs& a, const Item& item, in
     return device::MatrixView<Element>{first, rows.token_stride, item.num_keys, chunks * 8};
   };
   constexpr int kKeys = T::kTiles * T::kTileKeys;
-  device::load_tile<kKeys, T::kD, T::kThreads>(k_tile, view(a.k, a.chunks_qk), 0, threadIdx.x);
-  device::load_tile<kKeys, T::kDv, T::kThreads>(v_tile, view(a.v, a.chunks_v), 0, threadIdx.x);
+  device::load_tile<kKeys, T::kD, T::kThreads>(
+      k_tile, device::thread_part(view(a.k, a.chunks_qk), threadIdx.x), 0, threadIdx.x);
+  device::load_tile<kKeys, T::kDv, T::kThreads>(
+      v_tile, device::thread_part(view(a.v, a.chunks_v), threadIdx.x), 0, threadIdx.x);
 }
 
 // The query row of a lane: one of the kRows rows of a warp's tile.

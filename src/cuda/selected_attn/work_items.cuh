@@ -189,6 +189,7 @@ struct ItemRows {
   int split;
   int num_rows;
 
+  ItemRows() = default;
   __device__ __forceinline__ ItemRows(const RowSpace& space, const Item& item) {
     const int segment = space.first_segment + item.segment;
     kv_head = segment / space.num_ranges;

@@ -1,0 +1,141 @@
+// Launches of the selected backward: index, row statistics, then for each launch work items, main
+// kernel and the two sums.
+#pragma once
+#include "cuda/selected_attn/launch_common.cuh"
+#include "cuda/selected_attn/selected_attn.h"
+#include "cuda/selected_attn/selected_attn_bwd_reduce.cuh"
+#include "cuda/selected_attn/selected_attn_bwd_sm80.cuh"
+
+namespace fsattn {
+namespace selected {
+
+inline BwdArgs make_bwd_args(const SelectedAttnBwdParams& params, const SelectedShape& shape,
+                             const SelectedBwdLayout& layout, char* scratch) {
+  BwdArgs a{};
+  a.attn = params.attn;
+  a.entry_stride = shape.total_q * shape.topk;
+  a.list.capacity = static_cast<int>(layout.split.item_capacity);
+  a.space = make_row_space(shape, layout.split);
+  a.chunks_qk = static_cast<int>(shape.head_dim / 8);
+  a.chunks_v = static_cast<int>(shape.head_dim_v / 8);
+  a.scale = static_cast<float>(params.attn.shape.softmax_scale);
+  a.scale_log2 = a.scale * device::kLog2E;
+  a.stats = reinterpret_cast<float2*>(scratch + layout.stats);
+  a.dq_partial = scratch + layout.dq_partial;
+  a.marks = reinterpret_cast<uint8_t*>(scratch + layout.marks);
+  a.dkv_items = reinterpret_cast<float*>(scratch + layout.dkv_items);
+  a.dkv_sum = reinterpret_cast<float*>(scratch + layout.dkv_sum);
+  a.part_items = reinterpret_cast<int*>(scratch + layout.part_items);
+  a.keys = static_cast<int>(layout.split.keys);
+  a.num_parts = static_cast<int>(layout.split.num_parts);
+  a.list.items = reinterpret_cast<Item*>(scratch + layout.items);
+  a.list.item_counts = reinterpret_cast<int*>(scratch + layout.item_counts);
+  return a;
+}
+
+template <SelectedAttnBwdConfig kConfig>
+void launch_stats(const BwdArgs& a, cudaStream_t stream) {
+  using Element = device::ElementOf<kConfig.dtype>;
+  constexpr int64_t kRowsPerCta = kReduceThreads / 8;
+  const int64_t rows = a.attn.packing.total_q * a.attn.shape.num_heads_q;
+  const auto grid = static_cast<unsigned>(ceil_div(rows, kRowsPerCta));
+  selected_attn_stats_kernel<Element><<<grid, kReduceThreads, 0, stream>>>(a);
+}
+
+// dQ of the launch's segments, and dK, dV of its KV heads.
+template <SelectedAttnBwdConfig kConfig>
+void launch_sums(const BwdArgs& a, const ItemArgs& build, int64_t heads, cudaStream_t stream) {
+  using Element = device::ElementOf<kConfig.dtype>;
+  constexpr int kLanes = kConfig.head_dim > 128 ? 32 : kConfig.head_dim / 8;
+  const auto rows = static_cast<unsigned>(a.space.range * a.space.group);
+  const dim3 grid(ceil_div(rows, static_cast<unsigned>(kReduceThreads / kLanes)),
+                  static_cast<unsigned>(a.list.num_segments));
+  selected_attn_dq_kernel<Element, kLanes><<<grid, kReduceThreads, 0, stream>>>(a);
+  const dim3 parts(static_cast<unsigned>(a.num_parts), static_cast<unsigned>(heads));
+  selected_attn_dkv_kernel<Element><<<parts, kReduceThreads, 0, stream>>>(DkvArgs{a, build});
+}
+
+// One launch: the segments `a.space.first_segment` and on, of `heads` KV heads.
+template <SelectedAttnBwdConfig kConfig>
+void run_bwd_launch(const BwdArgs& a, const ItemArgs& build, int64_t heads, int num_ctas,
+                    cudaStream_t stream) {
+  using T = BwdTraits<kConfig>;
+  launch_items(build, a.list.num_segments, stream);
+  const int64_t slots = int64_t{a.list.num_segments} * a.space.range * a.space.partials;
+  FSATTN_CUDA_CHECK(cudaMemsetAsync(a.marks, 0, static_cast<size_t>(slots), stream));
+  selected_attn_bwd_kernel<T>
+      <<<static_cast<unsigned>(num_ctas), T::kThreads, sizeof(BwdStorage<T>), stream>>>(a);
+  launch_sums<kConfig>(a, build, heads, stream);
+  FSATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+template <SelectedAttnBwdConfig kConfig>
+void run_bwd(const SelectedAttnBwdParams& params, Stream stream) {
+  using T = BwdTraits<kConfig>;
+  const SelectedShape shape = shape_of(params);
+  const SelectedBwdLayout layout = selected_bwd_layout(shape);
+  FSATTN_ASSERT(params.scratch.bytes >= layout.bytes);
+  assert_addressable(params.attn.q, shape.total_q, shape.num_heads_q);
+  assert_addressable(params.attn.dout, shape.total_q, shape.num_heads_q);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  char* scratch = static_cast<char*>(params.scratch.data);
+  const BlockIndexView index =
+      make_index(shape, params.attn.packing, params.mask, layout.index, scratch, stream);
+  BwdArgs a = make_bwd_args(params, shape, layout, scratch);
+  a.entries = index.entry;
+  ItemArgs build = make_item_args(shape, layout.split, params.attn.packing, index);
+  build.items = const_cast<Item*>(a.list.items);
+  build.item_counts = const_cast<int*>(a.list.item_counts);
+  build.part_items = a.part_items;
+  build.segments_per_launch = static_cast<int>(layout.segments_per_launch());
+  const int64_t num_launches = layout.num_launches(shape.num_heads_kv);
+  int* counters = reinterpret_cast<int*>(scratch + layout.counters);
+  const size_t counter_bytes = static_cast<size_t>(num_launches) * sizeof(int);
+  FSATTN_CUDA_CHECK(cudaMemsetAsync(counters, 0, counter_bytes, cuda_stream));
+  launch_stats<kConfig>(a, cuda_stream);
+  const int num_ctas =
+      resident_ctas(selected_attn_bwd_kernel<T>, T::kThreads, sizeof(BwdStorage<T>));
+
+  for (int64_t launch = 0; launch < num_launches; ++launch) {
+    const int64_t head = launch / layout.launches_per_head * layout.heads_per_launch;
+    const int64_t range = launch % layout.launches_per_head * layout.ranges_per_launch;
+    const int64_t heads = std::min(layout.heads_per_launch, shape.num_heads_kv - head);
+    const int64_t ranges = std::min(layout.ranges_per_launch, layout.split.num_ranges - range);
+    a.space.first_segment = static_cast<int>(head * layout.split.num_ranges + range);
+    build.first_segment = a.space.first_segment;
+    a.list.num_segments = static_cast<int>(heads * ranges);
+    a.list.counter = counters + launch;
+    a.is_first = range == 0;
+    a.is_last = range + ranges == layout.split.num_ranges;
+    run_bwd_launch<kConfig>(a, build, heads, num_ctas, cuda_stream);
+  }
+}
+
+// Without queries every gradient of a key is zero.
+inline void zero_dkv(const SelectedAttnBwdParams& params, cudaStream_t stream) {
+  const AttnBwdTensors& t = params.attn;
+  if (t.accumulate_dkv) return;
+  const auto zero = [&](const Rows& rows, int64_t dim) {
+    for (int64_t h = 0; h < t.shape.num_heads_kv; ++h) {
+      auto* first = static_cast<uint16_t*>(rows.data) + h * rows.head_stride;
+      FSATTN_CUDA_CHECK(cudaMemset2DAsync(first, static_cast<size_t>(rows.token_stride) * 2, 0,
+                                          static_cast<size_t>(dim) * 2,
+                                          static_cast<size_t>(t.packing.total_k), stream));
+    }
+  };
+  zero(t.dk, t.shape.head_dim);
+  zero(t.dv, t.shape.head_dim_v);
+}
+
+}  // namespace selected
+
+template <SelectedAttnBwdConfig kConfig>
+void launch_selected_attn_bwd(const SelectedAttnBwdParams& params, Stream stream) {
+  if (params.attn.packing.total_q == 0) {
+    selected::zero_dkv(params, static_cast<cudaStream_t>(stream));
+  } else {
+    selected::run_bwd<kConfig>(params, stream);
+  }
+}
+
+}  // namespace fsattn

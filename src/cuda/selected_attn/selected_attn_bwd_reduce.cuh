@@ -1,0 +1,155 @@
+// The kernels around the main kernel of the selected backward: row statistics before it, and after it
+// the sums of dQ over places and of dK, dV over work items, both in a fixed order.
+#pragma once
+#include "cuda/device/vector.cuh"
+#include "cuda/selected_attn/selected_attn_bwd_args.cuh"
+
+namespace fsattn::selected {
+
+inline constexpr int kReduceThreads = 256;
+
+// The lanes of a group of kLanes (a power of two), as a mask for warp intrinsics.
+template <int kLanes>
+__device__ __forceinline__ unsigned group_lanes() {
+  if constexpr (kLanes == kWarpSize) return kFullMask;
+  return ((1u << kLanes) - 1) << (threadIdx.x % kWarpSize / kLanes * kLanes);
+}
+
+// stats[t, h] = {lse / ln 2, rowsum(dO * O) - dlse}. Eight lanes a row, grid (rows / 32).
+template <class Element>
+__global__ void __launch_bounds__(kReduceThreads)
+    selected_attn_stats_kernel(const __grid_constant__ BwdArgs a) {
+  constexpr int kLanes = 8;
+  const AttnBwdTensors& t = a.attn;
+  const int64_t heads = t.shape.num_heads_q;
+  const int64_t row = (int64_t{blockIdx.x} * kReduceThreads + threadIdx.x) / kLanes;
+  if (row >= t.packing.total_q * heads) return;
+  const int64_t token = row / heads, head = row - token * heads;
+  const int lane = threadIdx.x % kLanes;
+  const Element* o = row_pointer16<const Element>(t.o, token, head);
+  const Element* dout = row_pointer16<const Element>(t.dout, token, head);
+  float sum = 0.f;
+  for (int chunk = lane; chunk < a.chunks_v; chunk += kLanes) {
+    const auto x = device::Vector8<Element>::load(o + chunk * 8);
+    const auto y = device::Vector8<Element>::load(dout + chunk * 8);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum = fmaf(x.x[i], y.x[i], sum);
+  }
+#pragma unroll
+  for (int d = 1; d < kLanes; d *= 2) sum += __shfl_xor_sync(group_lanes<kLanes>(), sum, d);
+  if (lane != 0) return;
+  if (t.dlse.data != nullptr) {
+    sum -= static_cast<const float*>(t.dlse.data)[head * t.dlse.head_stride + token];
+  }
+  const float lse = static_cast<const float*>(t.lse.data)[head * t.lse.head_stride + token];
+  a.stats[row] = {lse * device::kLog2E, sum};
+}
+
+// dq[t, h] = sum over the written partial rows, in ascending order of place. kLanes lanes a row, grid
+// (rows of a segment, segments).
+template <class Element, int kLanes>
+__global__ void __launch_bounds__(kReduceThreads)
+    selected_attn_dq_kernel(const __grid_constant__ BwdArgs a) {
+  constexpr int kUnroll = 8;  // rows in flight a lane
+  const RowSpace& space = a.space;
+  const int segment = space.first_segment + blockIdx.y, kv_head = segment / space.num_ranges;
+  const int row = blockIdx.x * (kReduceThreads / kLanes) + threadIdx.x / kLanes;
+  const int local = space.group_div.quotient(row), h = space.group_div.remainder(row, local);
+  const int token = (segment - kv_head * space.num_ranges) * space.range + local;
+  const int lane = threadIdx.x % kLanes;
+  if (local >= space.range || token >= a.attn.packing.total_q || lane >= a.chunks_qk) return;
+  const int64_t slot0 = (int64_t{blockIdx.y} * space.range + local) * space.partials;
+  const uint4* source =
+      static_cast<const uint4*>(a.dq_partial) + (slot0 * space.group + h) * a.chunks_qk + lane;
+  const int64_t stride = int64_t{space.group} * a.chunks_qk;
+  device::Vector8<Element> sum;
+  Element* dq = row_pointer16<Element>(a.attn.dq, token, kv_head * space.group + h) + lane * 8;
+  if (a.attn.accumulate_dq) sum = device::Vector8<Element>::load(dq);
+  for (int s0 = 0; s0 < space.partials; s0 += kUnroll) {
+    uint4 chunk[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const bool is_written = s0 + i < space.partials && __ldg(a.marks + slot0 + s0 + i) != 0;
+      chunk[i] = is_written ? __ldcs(source + (s0 + i) * stride) : uint4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const uint32_t words[4] = {chunk[i].x, chunk[i].y, chunk[i].z, chunk[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 pair = device::unpack_pair<Element>(words[j]);
+        sum.x[2 * j] += pair.x;
+        sum.x[2 * j + 1] += pair.y;
+      }
+    }
+  }
+  sum.store(dq);
+}
+
+struct DkvArgs {
+  BwdArgs bwd;
+  ItemArgs items;
+};
+
+// dk, dv of a part = sum of its items in the launch, in order, on top of the launches before. Grid
+// (parts, KV heads of the launch). Every part that holds keys is written, wanted or not.
+template <class Element>
+__global__ void __launch_bounds__(kReduceThreads)
+    selected_attn_dkv_kernel(const __grid_constant__ DkvArgs args) {
+  constexpr int kVector = 4;
+  const BwdArgs& a = args.bwd;
+  const ItemArgs& b = args.items;
+  const int part = blockIdx.x, slot = part / b.splits;
+  const int num_ranges = a.list.num_segments / static_cast<int>(gridDim.y);
+  const int first_segment = static_cast<int>(blockIdx.y) * num_ranges;
+  const int kv_head = (a.space.first_segment + first_segment) / a.space.num_ranges;
+  const Packing& packing = b.packing;
+  const int seq =
+      device::find_slot_sequence(packing.cu_k, static_cast<int>(packing.batch), slot, b.block_size);
+  const int k0 = __ldg(packing.cu_k + seq), k1 = __ldg(packing.cu_k + seq + 1);
+  const int block = slot - static_cast<int>(first_block_slot(k0, seq, b.block_size));
+  const int64_t key0 = int64_t{block} * b.block_size + (part - slot * b.splits) * b.keys;
+  const int num_keys = static_cast<int>(min(int64_t{b.keys}, k1 - k0 - key0));
+  if (num_keys <= 0) return;
+
+  const int dims_qk = a.chunks_qk * 8, dims = dims_qk + a.chunks_v * 8;
+  const int64_t item_size = int64_t{a.keys} * dims;
+  const int vectors = num_keys * dims / kVector;
+  for (int i = threadIdx.x; i < vectors; i += kReduceThreads) {
+    const int key = i * kVector / dims, column = i * kVector - key * dims;
+    float4* total = reinterpret_cast<float4*>(a.dkv_sum + (k0 + key0 + key) * dims + column);
+    float4 sum = a.is_first ? float4{0.f, 0.f, 0.f, 0.f} : *total;
+    for (int r = 0; r < num_ranges; ++r) {
+      const int* part_items = a.part_items + int64_t{first_segment + r} * (a.num_parts + 1) + part;
+      const int begin = __ldg(part_items), end = __ldg(part_items + 1);
+      const int64_t item0 = int64_t{first_segment + r} * a.list.capacity;
+      for (int n = begin; n < end; ++n) {
+        const float4 x = __ldcs(reinterpret_cast<const float4*>(
+            a.dkv_items + (item0 + n) * item_size + int64_t{key} * dims + column));
+        sum.x += x.x;
+        sum.y += x.y;
+        sum.z += x.z;
+        sum.w += x.w;
+      }
+    }
+    if (!a.is_last) {
+      *total = sum;
+      continue;
+    }
+    const bool is_k = column < dims_qk;
+    Element* out = row_pointer16<Element>(is_k ? a.attn.dk : a.attn.dv, k0 + key0 + key, kv_head) +
+                   (is_k ? column : column - dims_qk);
+    auto* pairs = reinterpret_cast<uint2*>(out);
+    if (a.attn.accumulate_dkv) {
+      const float2 low = device::unpack_pair<Element>(pairs->x);
+      const float2 high = device::unpack_pair<Element>(pairs->y);
+      sum.x += low.x;
+      sum.y += low.y;
+      sum.z += high.x;
+      sum.w += high.y;
+    }
+    *pairs = {device::pack_pair<Element>(sum.x, sum.y), device::pack_pair<Element>(sum.z, sum.w)};
+  }
+}
+
+}  // namespace fsattn::selected
