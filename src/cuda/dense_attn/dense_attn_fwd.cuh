@@ -14,8 +14,7 @@
 // Numbers  scores, sums and output fp32; P rounded to the input type before P V.
 #pragma once
 #include "base/cuda_check.h"
-#include "cuda/dense_attn/dense_attn.h"
-#include "cuda/device/sequence_tile.cuh"
+#include "cuda/dense_attn/query_tile.cuh"
 #include "cuda/device/softmax.cuh"
 #include "cuda/device/tile_sm80.cuh"
 
@@ -37,133 +36,65 @@ struct DenseFwdTraits {
   static_assert(kDimV <= kDim);  // the output goes through the memory of the queries
 };
 
-// Sets scores outside the visible interval of their row to -inf.
-template <int kM, int kN>
-__device__ __forceinline__ void mask_scores(float (&s)[kM][kN][4], const device::Band& band,
-                                            int position, int first_key, int num_keys, int lane) {
-#pragma unroll
-  for (int i = 0; i < 2 * kM; ++i) {
-    const int t = position + i * 8 + lane / 4;
-    const int low = band.first_key(t) - first_key;
-    const int high = min(band.last_key(t), num_keys - 1) - first_key;
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int key = n * 8 + lane % 4 * 2 + e;
-        if (key < low || key > high) s[i / 2][n][i % 2 * 2 + e] = -INFINITY;
-      }
-    }
-  }
-}
-
-// What one CTA computes. It stays in shared memory: only a few values are needed in the loop.
-struct DenseFwdWork {
-  int64_t token;               // of the first query
-  int64_t k_offset, v_offset;  // elements
-  int head;
-  int position;     // of the first query
-  int num_queries;  // from the first one to the end of the sequence; 0 or less: nothing to do
-  int num_keys;
-  int first_key, last_key;    // some row sees them
-  int full_first, full_last;  // every row sees them
-};
-
-template <class Traits>
-__device__ DenseFwdWork find_fwd_work(const AttnFwdTensors& p, const device::KeySet& keys) {
-  const int num_heads = static_cast<int>(p.shape.num_heads_q);
-  const int batch = static_cast<int>(p.packing.batch);
-  const int slot = static_cast<int>(gridDim.x) / num_heads - 1 - blockIdx.x / num_heads;
-  const device::TileSlot tile = device::find_tile(p.packing.cu_q, batch, slot, Traits::kTileQ);
-  const device::RowRange queries =
-      device::rows_of(p.packing.cu_q, batch, tile.seq, static_cast<int>(p.packing.total_q));
-  const device::RowRange kv = device::rows_of(keys.cu_keys, batch, tile.seq, keys.total_keys);
-  DenseFwdWork work;
-  work.head = blockIdx.x % num_heads;
-  const int kv_head = work.head / (num_heads / static_cast<int>(p.shape.num_heads_kv));
-  work.token = int64_t{queries.begin} + tile.first;
-  work.k_offset = kv.begin * p.k.token_stride + kv_head * p.k.head_stride;
-  work.v_offset = kv.begin * p.v.token_stride + kv_head * p.v.head_stride;
-  work.num_queries = queries.count - tile.first;
-  work.num_keys = tile.seq == batch ? 0 : kv.count;
-  work.position = device::query_offset(p.packing, tile.seq, queries.count) + tile.first;
-  const int last = work.position + min(Traits::kTileQ, work.num_queries) - 1;
-  work.first_key = keys.band.first_key(work.position);
-  work.last_key = min(keys.band.last_key(last), work.num_keys - 1);
-  work.full_first = keys.band.first_key(last);
-  work.full_last = min(keys.band.last_key(work.position), work.num_keys - 1);
-  return work;
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     dense_attn_fwd_kernel(const __grid_constant__ AttnFwdTensors p,
                           const __grid_constant__ device::KeySet keys) {
   using namespace device;
   using Element = typename Traits::Element;
-  constexpr int kM = Traits::kM, kN = Traits::kTileKv / 8;
+  constexpr int kM = Traits::kM, kTileKv = Traits::kTileKv, kN = kTileKv / 8;
   extern __shared__ __align__(1024) unsigned char smem[];
-  __shared__ DenseFwdWork shared_work;
+  __shared__ QueryTileWork shared_work;
   const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
-  if (thread == 0) shared_work = find_fwd_work<Traits>(p, keys);
+  if (thread == 0) shared_work = find_query_tile<Traits::kTileQ>(p, keys);
   __syncthreads();
   // Read where it is used: kept in registers, it would push the loop over 255 of them.
-  const DenseFwdWork& work = shared_work;
+  const QueryTileWork& work = shared_work;
   if (work.num_queries <= 0) return;
-  const int num_keys = work.num_keys;
-  const auto k = thread_part(
-      MatrixView<Element>{static_cast<const Element*>(p.k.data) + work.k_offset, p.k.token_stride,
-                          num_keys, static_cast<int>(p.shape.head_dim)},
-      thread);
-  const auto v = thread_part(
-      MatrixView<Element>{static_cast<const Element*>(p.v.data) + work.v_offset, p.v.token_stride,
-                          num_keys, static_cast<int>(p.shape.head_dim_v)},
-      thread);
   const uint32_t q_tile = smem_address(smem), k_tile = q_tile + Traits::kQBytes,
                  v_tile = k_tile + Traits::kKBytes;
+  const auto load_k = [&](int first) {
+    load_rows<kTileKv, Traits::kDim, Traits::kThreads, Element>(
+        k_tile, p.k, work.k_offset, work.num_keys, p.shape.head_dim, first);
+    cp_async_commit();
+  };
+  const auto load_v = [&](int first) {
+    load_rows<kTileKv, Traits::kDimV, Traits::kThreads, Element>(
+        v_tile, p.v, work.v_offset, work.num_keys, p.shape.head_dim_v, first);
+    cp_async_commit();
+  };
   const uint32_t q_rows = q_tile + tile_bytes<Traits::kDim>(warp * Traits::kRowsPerWarp);
   const uint32_t q_lane = lane_rows16<Traits::kDim>(q_rows, lane);
   const uint32_t k_lane = lane_rows8x2<Traits::kDim>(k_tile, lane);
   const uint32_t v_lane = lane_rows16<Traits::kDimV>(v_tile, lane);
-  const float scale_log2 = static_cast<float>(p.shape.softmax_scale) * kLog2E;
 
   float o[kM][Traits::kDimV / 8][4] = {};
   OnlineSoftmax<kM> softmax;
   softmax.init();
 
   if (work.first_key <= work.last_key) {
-    const int first_tile = work.first_key / Traits::kTileKv;
-    int step = work.last_key / Traits::kTileKv;
-    const auto q = thread_part(
-        MatrixView<Element>{static_cast<const Element*>(p.q.data) + work.token * p.q.token_stride +
-                                work.head * p.q.head_stride,
-                            p.q.token_stride, work.num_queries, static_cast<int>(p.shape.head_dim)},
-        thread);
-    load_tile<Traits::kTileQ, Traits::kDim, Traits::kThreads>(q_tile, q, 0, thread);
-    load_tile<Traits::kTileKv, Traits::kDim, Traits::kThreads>(k_tile, k, step * Traits::kTileKv,
-                                                               thread);
-    cp_async_commit();
+    const int first_tile = work.first_key / kTileKv;
+    int step = work.last_key / kTileKv;
+    load_rows<Traits::kTileQ, Traits::kDim, Traits::kThreads, Element>(
+        q_tile, p.q, work.token * p.q.token_stride + work.head * p.q.head_stride, work.num_queries,
+        p.shape.head_dim, 0);
+    load_k(step * kTileKv);
     for (; step >= first_tile; --step) {
-      const int base = step * Traits::kTileKv;
+      const int base = step * kTileKv;
       cp_async_wait<0>();
       __syncthreads();  // K of this step has landed, and nobody reads V of the last one
-      load_tile<Traits::kTileKv, Traits::kDimV, Traits::kThreads>(v_tile, v, base, thread);
-      cp_async_commit();
+      load_v(base);
       float s[kM][kN][4] = {};
       mma_a_bt<Element, Traits::kDim, Traits::kDim>(s, q_lane, k_lane);
-      if (base < work.full_first || base + Traits::kTileKv - 1 > work.full_last) {
+      if (base < work.full_first || base + kTileKv - 1 > work.full_last) {
         mask_scores(s, keys.band, work.position + warp * Traits::kRowsPerWarp, base, work.num_keys,
                     lane);
       }
       uint32_t prob[kM][kN][2];
-      softmax.template step<Element>(s, prob, o, scale_log2);
+      softmax.template step<Element>(s, prob, o, work.scale_log2);
       cp_async_wait<0>();
       __syncthreads();  // V has landed, and nobody reads K any more
-      if (step > first_tile) {
-        load_tile<Traits::kTileKv, Traits::kDim, Traits::kThreads>(k_tile, k,
-                                                                   base - Traits::kTileKv, thread);
-        cp_async_commit();
-      }
+      if (step > first_tile) load_k(base - kTileKv);
       mma_p_b<Element, Traits::kDimV>(o, prob, v_lane);
     }
   }

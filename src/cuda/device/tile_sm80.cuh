@@ -40,6 +40,13 @@ __device__ __forceinline__ uint32_t lane_rows8x2(uint32_t tile, int lane) {
   return tile + tile_offset<kCols>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
+// threadIdx.x, read anew: what is derived from it is not kept in registers across a loop.
+__device__ __forceinline__ int reread_thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // A matrix in global memory whose rows are `stride` elements apart. Rows at or behind `rows` and
 // columns at or behind `cols` read as zero.
 template <class Element>

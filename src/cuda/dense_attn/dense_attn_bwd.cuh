@@ -1,0 +1,88 @@
+// The backward of compressed attention and window attention: delta, then dQ, then dK and dV, and the
+// sum of their parts when the heads of a group were split.
+#pragma once
+#include "cuda/dense_attn/dense_attn_bwd_dkv.cuh"
+#include "cuda/dense_attn/dense_attn_bwd_dq.cuh"
+#include "cuda/dense_attn/dense_attn_delta.cuh"
+#include "cuda/dense_attn/dense_attn_reduce.cuh"
+
+namespace fsattn {
+
+template <class Element>
+void launch_dense_attn_delta(const AttnBwdTensors& tensors, float* delta, cudaStream_t stream) {
+  const int64_t ctas =
+      ceil_div(tensors.packing.total_q, int64_t{kDeltaTokens}) * tensors.shape.num_heads_q;
+  dense_attn_delta_kernel<Element>
+      <<<static_cast<unsigned>(ctas), kDeltaThreads, 0, stream>>>(tensors, delta);
+  FSATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+template <DenseAttnConfig kConfig>
+void launch_dense_attn_dq(const AttnBwdTensors& tensors, const device::KeySet& keys,
+                          const float* delta, cudaStream_t stream) {
+  using Traits = DenseDqTraits<kConfig>;
+  const Packing& packing = tensors.packing;
+  const int64_t ctas = device::num_tile_slots(packing.total_q, packing.batch, Traits::kTileQ) *
+                       tensors.shape.num_heads_q;
+  auto* kernel = dense_attn_bwd_dq_kernel<Traits>;
+  FSATTN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         Traits::kSmemBytes));
+  kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes, stream>>>(
+      tensors, keys, delta);
+  FSATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+template <DenseAttnConfig kConfig>
+void launch_dense_attn_dkv(const AttnBwdTensors& tensors, device::KeySet keys,
+                           const DenseBwdBuffers& buffers, cudaStream_t stream) {
+  using Traits = DenseDkvTraits<kConfig>;
+  if (buffers.splits > 1) keys.total_keys = std::min(keys.total_keys, buffers.partial_rows);
+  const int64_t ctas =
+      device::num_tile_slots(keys.total_keys, tensors.packing.batch, Traits::kTileKv) *
+      buffers.splits * tensors.shape.num_heads_kv;
+  auto* kernel = dense_attn_bwd_dkv_kernel<Traits>;
+  FSATTN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         Traits::kSmemBytes));
+  kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes, stream>>>(
+      tensors, keys, buffers);
+  FSATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+template <class Element>
+void launch_dense_attn_reduce(const DenseReduceParams& params, cudaStream_t stream) {
+  const int64_t threads = params.rows * params.heads * (params.cols / 8);
+  const int64_t ctas = ceil_div(threads, int64_t{kReduceThreads});
+  dense_attn_reduce_kernel<Element>
+      <<<static_cast<unsigned>(ctas), kReduceThreads, 0, stream>>>(params);
+  FSATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+template <DenseAttnConfig kConfig>
+void launch_dense_attn_bwd(const AttnBwdTensors& tensors, const device::KeySet& keys,
+                           const DenseBwdBuffers& buffers, Stream stream_handle) {
+  using Element = device::ElementOf<kConfig.dtype>;
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (tensors.packing.total_q > 0) {
+    launch_dense_attn_delta<Element>(tensors, buffers.delta, stream);
+    launch_dense_attn_dq<kConfig>(tensors, keys, buffers.delta, stream);
+  }
+  if (keys.total_keys == 0) return;
+  launch_dense_attn_dkv<kConfig>(tensors, keys, buffers, stream);
+  if (buffers.splits == 1) return;
+  DenseReduceParams reduce{};
+  reduce.splits = buffers.splits;
+  reduce.partial_rows = buffers.partial_rows;
+  reduce.rows = keys.total_keys;
+  reduce.heads = static_cast<int>(tensors.shape.num_heads_kv);
+  reduce.accumulate = tensors.accumulate_dkv;
+  reduce.partial = buffers.partial_dk;
+  reduce.out = tensors.dk;
+  reduce.cols = static_cast<int>(tensors.shape.head_dim);
+  launch_dense_attn_reduce<Element>(reduce, stream);
+  reduce.partial = buffers.partial_dv;
+  reduce.out = tensors.dv;
+  reduce.cols = static_cast<int>(tensors.shape.head_dim_v);
+  launch_dense_attn_reduce<Element>(reduce, stream);
+}
+
+}  // namespace fsattn
