@@ -16,10 +16,15 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of the measured runs: median, fastest, and how many there were."""
+    """Milliseconds of the measured runs: median, fastest, and how many there were.
+
+    cpu is the processor time of all threads together, the median again; None on CUDA. It tells on a
+    busy machine what the wall clock cannot.
+    """
 
     median: float
     fastest: float
+    cpu: float | None
     runs: int
 
 
@@ -43,13 +48,15 @@ def _seconds_of(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def _cpu_times(function: Callable[[], object], runs: int) -> list[float]:
-    times = []
+def _cpu_times(function: Callable[[], object], runs: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of each run by the clock and of processor time."""
+    clock, processor = [], []
     for _ in range(runs):
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         function()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return times
+        processor.append(1e3 * (time.process_time() - used))
+        clock.append(1e3 * (time.perf_counter() - begin))
+    return clock, processor
 
 
 def _cuda_times(function: Callable[[], object], runs: int, device: torch.device) -> list[float]:
@@ -71,9 +78,9 @@ def measure_time(function: Callable[[], object], device: torch.device, effort: E
     runs = effort.affordable_runs(one_run)
     if device.type == "cuda":
         times = _cuda_times(function, runs, device)
-    else:
-        times = _cpu_times(function, runs)
-    return Timing(statistics.median(times), min(times), runs)
+        return Timing(statistics.median(times), min(times), None, runs)
+    times, processor = _cpu_times(function, runs)
+    return Timing(statistics.median(times), min(times), statistics.median(processor), runs)
 
 
 def _status_bytes(field: str) -> int:

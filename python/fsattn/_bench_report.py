@@ -8,7 +8,7 @@ from pathlib import Path
 
 _COLUMNS = (
     "config", "tokens", "operator", "pass", "by", "selection",
-    "ms", "GFLOP/s", "floor", "extra MiB", "workspace MiB", "over dense",
+    "ms", "CPU ms", "GFLOP/s", "floor", "extra MiB", "workspace MiB", "over dense",
 )  # fmt: skip
 _MIB = 2**20
 
@@ -54,7 +54,7 @@ def table(records: list[dict]) -> str:
         rows.append((
             r["config"], str(r["tokens"]), r["operator"], r["pass"], r["implementation"],
             r["selection"] or "-", _number(r["ms"]) if r["error"] is None else r["error"][:40],
-            _number(r["gflops"]), "-" if share is None else f"{_number(share)} %",
+            _number(r["ms_cpu"]), _number(r["gflops"] or None), "-" if share is None else f"{_number(share)} %",
             _number(r["peak_extra_bytes"], _MIB), _number(r["workspace_bytes"], _MIB),
             "-" if speedup is None else f"{_number(speedup)} x",
         ))  # fmt: skip
@@ -77,12 +77,15 @@ def _series(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
 
 
 def _plot_latency(axes, records: list[dict]) -> None:
-    for name, points in _series(records).items():
-        style = "k--o" if name.startswith("dense") else "-o"
-        axes.plot(*zip(*points), style, label=name, markersize=3)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms")
+    for i, (name, points) in enumerate(_series(records).items()):
+        # Twenty colours; the two lines that matter most stand out.
+        style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else ":"}
+        if name.startswith(("dense", "whole")):
+            style = {"color": "black" if name.startswith("dense") else "red", "linewidth": 2.5}
+        axes.plot(*zip(*points), marker="o", markersize=3, label=name, **style)
+    axes.set(yscale="log", xlabel="tokens", ylabel="ms")
     axes.set_xscale("log", base=2)
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2)
 
 
 def _plot_speedup(axes, records: list[dict]) -> None:
@@ -117,7 +120,7 @@ def write_plots(records: list[dict], folder: Path) -> list[Path]:
     for config in sorted({r["config"] for r in records}):
         mine = [r for r in records if r["config"] == config]
         passes = sorted({r["pass"] for r in mine}, reverse=True)
-        figure, axes = pyplot.subplots(1, len(passes) + 1, figsize=(5 * len(passes) + 5, 4.5))
+        figure, axes = pyplot.subplots(1, len(passes) + 1, figsize=(5 * len(passes) + 5, 6))
         for axis, name in zip(axes, passes):
             _plot_latency(axis, [r for r in mine if r["pass"] == name])
             axis.set_title(f"{config}, {name}")

@@ -129,6 +129,7 @@ def _measure(case: Case, pass_name: str, device: torch.device, effort: Effort) -
     return {
         "ms": timing.median,
         "ms_fastest": timing.fastest,
+        "ms_cpu": timing.cpu,
         "runs": timing.runs,
         "peak_extra_bytes": memory,
         "workspace_bytes": workspace,
@@ -138,7 +139,7 @@ def _measure(case: Case, pass_name: str, device: torch.device, effort: Effort) -
 
 
 _NOT_MEASURED = dict.fromkeys(
-    ("ms", "ms_fastest", "runs", "peak_extra_bytes", "workspace_bytes", "plan")
+    ("ms", "ms_fastest", "ms_cpu", "runs", "peak_extra_bytes", "workspace_bytes", "plan")
 )
 
 
