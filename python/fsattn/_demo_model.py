@@ -25,7 +25,7 @@ class Shape:
     num_q_heads: int = 8
     num_kv_heads: int = 2
     head_dim: int = 32
-    length: int = 1024
+    length: int = 2048
     kernel_size: int = 16
     kernel_stride: int = 8
     block_size: int = 32

@@ -20,11 +20,11 @@ from ._demo_model import LanguageModel
 class Schedule:
     """How long and how fast to train. Both models get the same."""
 
-    steps: int = 300
-    batch: int = 2
+    steps: int = 240
+    batch: int = 1
     learning_rate: float = 3e-3
     warmup: int = 20
-    held_out_batches: int = 12
+    held_out_batches: int = 16
 
     def rate(self, step: int) -> float:
         """Linear warm-up, then a half cosine to a tenth."""

@@ -30,7 +30,7 @@ QUICK_SHAPE = Shape(
     layers=2, hidden_size=64, mlp_size=128, num_q_heads=4, head_dim=16, length=256, topk=4,
     window_size=32,
 )  # fmt: skip
-QUICK_SCHEDULE = Schedule(steps=20, warmup=5, held_out_batches=2)
+QUICK_SCHEDULE = Schedule(steps=20, batch=2, warmup=5, held_out_batches=2)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
