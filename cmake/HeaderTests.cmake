@@ -4,6 +4,8 @@ file(GLOB_RECURSE headers CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}
      ${PROJECT_SOURCE_DIR}/include/*.h ${PROJECT_SOURCE_DIR}/src/*.h
      ${PROJECT_SOURCE_DIR}/tests/support/*.h)
 list(FILTER headers EXCLUDE REGEX "src/cuda/")
+# Bodies that a file of one instruction set includes after it has chosen its vector width.
+list(FILTER headers EXCLUDE REGEX "src/cpu/(exp|tile_kernels|row_kernels_isa).h$")
 if(NOT FSATTN_WITH_CUDA)
   list(REMOVE_ITEM headers src/base/cuda_check.h)
 endif()
