@@ -28,28 +28,42 @@ struct DenseDqTraits {
   static constexpr int kKBytes = device::tile_bytes<kDim>(kTileKv);
   static constexpr int kStageBytes = kKBytes + device::tile_bytes<kDimV>(kTileKv);
   static constexpr int kSmemBytes = kQBytes + kDoutBytes + kStages * kStageBytes;
-  static_assert(kDimV <= kDim);
+  static_assert(kDimV <= kDim && kTileQ <= kThreads);
 };
 
-// dS, rounded and packed. s and dp belong to the same rows and keys.
+// lse in base 2 and delta of each query. A row without keys, or behind the sequence, must get P = 0:
+// its lse is +inf.
+template <int kTileQ>
+__device__ __forceinline__ void load_statistics(float2* stats, const AttnBwdTensors& p,
+                                                const float* deltas, const QueryTileWork& work) {
+  const int row = threadIdx.x;
+  if (row >= kTileQ) return;
+  float2 x{INFINITY, 0.f};
+  if (row < work.num_queries) {
+    const int64_t token = work.token + row;
+    const float lse = static_cast<const float*>(p.lse.data)[work.head * p.lse.head_stride + token];
+    if (lse != -INFINITY) x.x = lse * device::kLog2E;
+    x.y = deltas[work.head * p.packing.total_q + token];
+  }
+  stats[row] = x;
+}
+
+// dS, rounded and packed. s and dp belong to the same rows and keys; `stats`: of the lane's first row.
 template <class Element, int kM, int kN>
 __device__ __forceinline__ void score_gradient(uint32_t (&ds)[kM][kN][2],
                                                const float (&s)[kM][kN][4],
-                                               const float (&dp)[kM][kN][4],
-                                               const float (&lse_log2)[2 * kM],
-                                               const float (&delta)[2 * kM], float scale_log2) {
+                                               const float (&dp)[kM][kN][4], const float2* stats,
+                                               float scale_log2) {
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
+  for (int i = 0; i < 2 * kM; ++i) {
+    const int m = i / 2, e = i % 2 * 2;
+    const auto [lse_log2, delta] = stats[i * 8];
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = 2 * m + half;
-        const float p0 = device::exp2_approx(fmaf(s[m][n][2 * half], scale_log2, -lse_log2[i]));
-        const float p1 = device::exp2_approx(fmaf(s[m][n][2 * half + 1], scale_log2, -lse_log2[i]));
-        ds[m][n][half] = device::pack_pair<Element>(p0 * (dp[m][n][2 * half] - delta[i]),
-                                                    p1 * (dp[m][n][2 * half + 1] - delta[i]));
-      }
+      const float p0 = device::exp2_approx(fmaf(s[m][n][e], scale_log2, -lse_log2));
+      const float p1 = device::exp2_approx(fmaf(s[m][n][e + 1], scale_log2, -lse_log2));
+      ds[m][n][i % 2] =
+          device::pack_pair<Element>(p0 * (dp[m][n][e] - delta), p1 * (dp[m][n][e + 1] - delta));
     }
   }
 }
@@ -65,6 +79,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   constexpr int kTileKv = Traits::kTileKv;
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ QueryTileWork shared_work;
+  __shared__ float2 stats[Traits::kTileQ];
   const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
   if (thread == 0) shared_work = find_query_tile<Traits::kTileQ>(p, keys);
   __syncthreads();
@@ -98,18 +113,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
         work.num_queries, p.shape.head_dim_v, 0);
     load_keys(step);
 
-    float lse_log2[2 * kM], delta[2 * kM];
-#pragma unroll
-    for (int i = 0; i < 2 * kM; ++i) {
-      const int r = row + i * 8 + lane / 4;
-      const bool is_inside = r < work.num_queries;
-      const float lse = is_inside ? static_cast<const float*>(
-                                        p.lse.data)[work.head * p.lse.head_stride + work.token + r]
-                                  : -INFINITY;
-      // A row without keys, or behind the sequence, must get P = 0: shift it by +inf.
-      lse_log2[i] = lse == -INFINITY ? INFINITY : lse * kLog2E;
-      delta[i] = is_inside ? deltas[work.head * p.packing.total_q + work.token + r] : 0.f;
-    }
+    load_statistics<Traits::kTileQ>(stats, p, deltas, work);
     const uint32_t q_lane = lane_rows16<Traits::kDim>(q_rows, lane);
     const uint32_t dout_lane =
         lane_rows16<Traits::kDimV>(dout_tile + tile_bytes<Traits::kDimV>(row), lane);
@@ -126,10 +130,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
           dp, dout_lane, lane_rows8x2<Traits::kDimV>(stage + Traits::kKBytes, lane));
       const int base = step * kTileKv;
       if (base < work.full_first || base + kTileKv - 1 > work.full_last) {
-        mask_scores(s, keys.band, work.position + row, base, work.num_keys, lane);
+        mask_scores(s, keys.band, work, base);
       }
       uint32_t ds[kM][kN][2];
-      score_gradient<Element>(ds, s, dp, lse_log2, delta, work.scale_log2);
+      score_gradient<Element>(ds, s, dp, stats + row + lane / 4, work.scale_log2);
       mma_p_b<Element, Traits::kDim>(dq, ds, lane_rows16<Traits::kDim>(stage, lane));
     }
   }

@@ -87,8 +87,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
       float s[kM][kN][4] = {};
       mma_a_bt<Element, Traits::kDim, Traits::kDim>(s, q_lane, k_lane);
       if (base < work.full_first || base + kTileKv - 1 > work.full_last) {
-        mask_scores(s, keys.band, work.position + warp * Traits::kRowsPerWarp, base, work.num_keys,
-                    lane);
+        mask_scores(s, keys.band, work, base);
       }
       uint32_t prob[kM][kN][2];
       softmax.template step<Element>(s, prob, o, work.scale_log2);

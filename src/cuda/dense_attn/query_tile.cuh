@@ -6,26 +6,6 @@
 
 namespace fsattn {
 
-// Sets scores outside the visible interval of their row to -inf.
-template <int kM, int kN>
-__device__ __forceinline__ void mask_scores(float (&s)[kM][kN][4], const device::Band& band,
-                                            int position, int first_key, int num_keys, int lane) {
-#pragma unroll
-  for (int i = 0; i < 2 * kM; ++i) {
-    const int t = position + i * 8 + lane / 4;
-    const int low = band.first_key(t) - first_key;
-    const int high = min(band.last_key(t), num_keys - 1) - first_key;
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int key = n * 8 + lane % 4 * 2 + e;
-        if (key < low || key > high) s[i / 2][n][i % 2 * 2 + e] = -INFINITY;
-      }
-    }
-  }
-}
-
 // What one CTA computes. It stays in shared memory: only a few values are needed in the loop.
 struct QueryTileWork {
   int64_t token;               // of the first query
@@ -38,6 +18,29 @@ struct QueryTileWork {
   int full_first, full_last;  // every row sees them
   float scale_log2;           // softmax_scale * log2(e)
 };
+
+// Sets scores outside the visible interval of their row to -inf.
+template <int kM, int kN>
+__device__ __forceinline__ void mask_scores(float (&s)[kM][kN][4], const device::Band& band,
+                                            const QueryTileWork& work, int first_key) {
+  // Few tiles come here: nothing that only they need should live in registers.
+  const int thread = device::reread_thread_index(), lane = thread % device::kWarpSize;
+  const int position = work.position + thread / device::kWarpSize * kM * 16;
+#pragma unroll
+  for (int i = 0; i < 2 * kM; ++i) {
+    const int t = position + i * 8 + lane / 4;
+    const int low = band.first_key(t) - first_key;
+    const int high = min(band.last_key(t), work.num_keys - 1) - first_key;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int key = n * 8 + lane % 4 * 2 + e;
+        if (key < low || key > high) s[i / 2][n][i % 2 * 2 + e] = -INFINITY;
+      }
+    }
+  }
+}
 
 template <int kTileQ, class Tensors>
 __device__ QueryTileWork find_query_tile(const Tensors& p, const device::KeySet& keys) {
