@@ -3,7 +3,8 @@
 //     workspace_bytes(call)  bytes of scratch memory that run() needs
 //     explain(call)          the plan as text: backend, algorithm, kernel row, workspace, reason
 //     run(call, execution)   validates, plans and runs; allocates nothing, synchronises nothing
-// Each throws fsattn::Error on input that breaks a rule. Outputs may not alias inputs.
+// Each throws fsattn::Error on input that breaks a rule. The first two need no memory: the data of a
+// view may still be null. Outputs may not overlap inputs, nor elements of an output each other.
 //
 // Shapes: B sequences are packed along the token axis. Hq query heads, Hkv key heads, G = Hq / Hkv;
 // query head h reads KV head h / G. D is the head dim of q and k, Dv that of v and o. The last
@@ -159,7 +160,7 @@ struct GateBwd {
 };
 
 // The six operators above as one call. k_cmp and v_cmp come from compress_kv; topk_idx is computed
-// unless `select` is false, when the caller brings it.
+// unless `select` is false, when the caller brings it (and its last size counts, not config.topk).
 struct NativeSparseAttentionFwd {
   TensorView q, k, v, k_cmp, v_cmp, gates;
   Sequences seq;
@@ -175,6 +176,8 @@ struct NativeSparseAttentionFwd {
   TensorView o_cmp, o_sel, o_win, lse_cmp, lse_sel, lse_win;  // out; backward reads them
 };
 
+// Everything but the gradients is as the forward call had it. The workspace holds the gradients of
+// the three branches, [total_q, Hq, Dv] each, beside the scratch memory of the steps.
 struct NativeSparseAttentionBwd {
   TensorView dout;
   TensorView q, k, v, k_cmp, v_cmp, gates;

@@ -46,7 +46,7 @@ struct AttnShape {
   int64_t head_dim_v;
   double softmax_scale;
 
-  int64_t group_size() const { return num_heads_q / num_heads_kv; }
+  constexpr int64_t group_size() const { return num_heads_q / num_heads_kv; }
 };
 
 // Scratch memory of one call, sized by the plan. 256-byte aligned.
