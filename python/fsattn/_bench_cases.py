@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,9 +40,8 @@ class Problem:
     seed: int = 0
 
     def random(self, *shape: int) -> Tensor:
-        rng = torch.Generator().manual_seed(self.seed + len(shape) + sum(shape))
-        # Made on the CPU: the same numbers for every device.
-        return torch.randn(*shape, generator=rng).to(self.device, self.dtype)
+        rng = torch.Generator(self.device).manual_seed(self.seed)
+        return torch.randn(*shape, generator=rng, device=self.device, dtype=self.dtype)
 
     def q(self) -> Tensor:
         return self.random(1, self.tokens, self.config.heads_q, self.config.head_dim)
@@ -51,9 +50,10 @@ class Problem:
         return self.random(1, self.tokens, self.config.heads_kv, self.config.head_dim)
 
     def v(self) -> Tensor:
-        # Another seed than k: v = k would make a benchmark that touches half of the memory.
-        other = Problem(self.config, self.tokens, self.dtype, self.device, self.seed + 1)
-        return other.random(1, self.tokens, self.config.heads_kv, self.config.head_dim_v)
+        # Another seed than k, whose values it would repeat where D = Dv.
+        return replace(self, seed=self.seed + 1).random(
+            1, self.tokens, self.config.heads_kv, self.config.head_dim_v
+        )
 
     def branch(self) -> Tensor:
         return self.random(1, self.tokens, self.config.heads_q, self.config.head_dim_v)
@@ -149,8 +149,9 @@ def _select(problem: Problem) -> Case:
 
 
 def _selection_tensor(problem: Problem, selection: Selection) -> Tensor:
-    table = make_selection(selection, problem.config, problem.tokens, problem.seed)
-    return table.unsqueeze(0).to(problem.device)
+    return make_selection(
+        selection, problem.config, problem.tokens, problem.seed, problem.device
+    ).unsqueeze(0)
 
 
 def _index(problem: Problem, selection: Selection) -> Case:

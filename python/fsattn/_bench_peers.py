@@ -31,7 +31,7 @@ def _import_function(module: str, name: str) -> Callable | None:
     # A peer that is there but broken (another Triton, another PyTorch) must not end the run.
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception:  # noqa: BLE001
+    except Exception:
         return None
 
 
@@ -80,7 +80,7 @@ def _selected(
 ) -> Case:
     config = problem.config
     q, k, v = (x.squeeze(0) for x in (problem.q(), problem.k(), problem.v()))
-    topk_idx = make_selection(selection, config, problem.tokens, problem.seed).to(problem.device)
+    topk_idx = make_selection(selection, config, problem.tokens, problem.seed, problem.device)
     cu_seqlens = torch.tensor([0, problem.tokens], dtype=torch.int32, device=problem.device)
     pairs = selected_pairs(topk_idx, config.block_size)
 

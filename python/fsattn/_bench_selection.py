@@ -48,13 +48,13 @@ def _candidates(
     selection: Selection, config: Config, tokens: int, count: int, rng: torch.Generator
 ) -> Tensor:
     """[tokens, count] free blocks; a column keeps its block with the probability `persistence`."""
-    position = torch.arange(tokens)
+    position = torch.arange(tokens, device=rng.device)
     # Free blocks lie between the initial ones and the local ones.
     num_free = position // config.block_size - config.local_blocks + 1 - config.init_blocks
     num_free = num_free.clamp(min=1).double().unsqueeze(1)
-    uniform = torch.rand(tokens, count, generator=rng, dtype=torch.float64)
+    uniform = torch.rand(tokens, count, generator=rng, dtype=torch.float64, device=rng.device)
     blocks = _draw(selection, uniform, num_free).clamp(min=0)
-    is_new = torch.rand(tokens, count, generator=rng) >= selection.persistence
+    is_new = torch.rand(tokens, count, generator=rng, device=rng.device) >= selection.persistence
     is_new[0] = True
     drawn_at = torch.where(is_new, position.unsqueeze(1), 0).cummax(dim=0).values
     return blocks.gather(0, drawn_at) + config.init_blocks
@@ -62,10 +62,10 @@ def _candidates(
 
 def _rows(config: Config, begin: int, candidates: Tensor) -> Tensor:
     """The forced blocks and the first different candidates, ascending, -1 at the end."""
-    count = candidates.shape[0]
-    own = (torch.arange(begin, begin + count) // config.block_size).unsqueeze(1)
-    initial = torch.arange(config.init_blocks).expand(count, -1)
-    local = own - torch.arange(config.local_blocks)
+    count, device = candidates.shape[0], candidates.device
+    own = (torch.arange(begin, begin + count, device=device) // config.block_size).unsqueeze(1)
+    initial = torch.arange(config.init_blocks, device=device).expand(count, -1)
+    local = own - torch.arange(config.local_blocks, device=device)
     ids = torch.cat([initial, local, candidates], dim=1)
     ids = torch.where((ids >= 0) & (ids <= own), ids, -1)
     # A candidate of a query that has no free block is a forced one and goes out as a duplicate.
@@ -77,9 +77,11 @@ def _rows(config: Config, begin: int, candidates: Tensor) -> Tensor:
     return torch.where(ids == behind_all, -1, ids).int()
 
 
-def make_selection(selection: Selection, config: Config, tokens: int, seed: int) -> Tensor:
-    """topk_idx, int32 [Hkv, tokens, topk], for one sequence, on the CPU."""
-    rng = torch.Generator().manual_seed(seed)
+def make_selection(
+    selection: Selection, config: Config, tokens: int, seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """topk_idx, int32 [Hkv, tokens, topk], for one sequence."""
+    rng = torch.Generator(device).manual_seed(seed)
     # Twice as many candidates as free places: repeated ones are replaced by the next.
     count = 2 * max(config.topk - config.init_blocks - config.local_blocks, 1)
     heads = []

@@ -1,0 +1,99 @@
+"""The benchmark: its counts against the masks, its selections, and one run from end to end."""
+
+import json
+
+import pytest
+import torch
+
+from fsattn import _bench_counts as counts
+from fsattn import bench
+from fsattn._bench_configs import CONFIGS, Config
+from fsattn._bench_report import speedup_over_dense, table
+from fsattn._bench_selection import Selection, make_selection, selected_pairs
+
+SMALL = Config(
+    "tiny", 4, 2, 8, 8, block_size=16, topk=4, kernel_size=8, kernel_stride=4, window_size=20
+)
+
+
+def count_pairs(tokens, is_visible):
+    return sum(is_visible(t, j) for t in range(tokens) for j in range(t + 1))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 20, 21, 22, 150])
+def test_pairs_are_those_of_the_masks(tokens):
+    assert counts.dense_pairs(tokens) == count_pairs(tokens, lambda t, j: True)
+    assert counts.window_pairs(SMALL, tokens) == count_pairs(tokens, lambda t, j: j >= t - 20)
+    windows = [i for i in range(tokens) if i * 4 + 8 <= tokens]
+    assert counts.num_windows(SMALL, tokens) == len(windows)
+    visible = sum(t >= i * 4 + 7 for t in range(tokens) for i in windows)
+    assert counts.compressed_pairs(SMALL, tokens) == visible
+
+
+def test_attention_flops_of_a_known_case():
+    # One head, two tokens: three pairs, 2 (D + Dv) = 32 each; backward 2 (3 D + 2 Dv) = 80.
+    config = Config("one", 1, 1, 8, 8)
+    assert counts.dense(config, 4, False, 2).flops == 3 * 32
+    assert counts.dense(config, 4, True, 2).flops == 3 * 80
+
+
+@pytest.mark.parametrize(
+    "selection", [Selection(), Selection(0.9), Selection(0.0, 1.0), Selection(0.5, 1.3)]
+)
+def test_selections_are_valid_rows(selection):
+    tokens = 150
+    topk_idx = make_selection(selection, SMALL, tokens, seed=1)
+    assert topk_idx.shape == (2, tokens, 4) and topk_idx.dtype == torch.int32
+    for head in topk_idx.tolist():
+        for t, row in enumerate(head):
+            blocks = [block for block in row if block >= 0]
+            assert row == sorted(set(blocks)) + [-1] * (4 - len(blocks))
+            assert {0, t // 16, max(t // 16 - 1, 0)} <= set(blocks) and blocks[-1] == t // 16
+
+
+def test_selected_pairs_are_those_of_the_rows():
+    topk_idx = make_selection(Selection(0.5), SMALL, 150, seed=3)
+    rows = topk_idx.tolist()
+    pairs = sum(count_pairs(150, lambda t, j: j // 16 in rows[h][t]) for h in range(2)) / 2
+    assert selected_pairs(topk_idx, 16) == pairs
+
+
+def test_full_selection_is_the_most_that_topk_allows():
+    rows = [[max(t // 16 - i, 0) for i in range(4)] for t in range(150)]
+    pairs = count_pairs(150, lambda t, j: j // 16 in rows[t])
+    assert counts.full_selection_pairs(SMALL, 150) == pairs
+
+
+def test_persistent_selections_keep_their_blocks():
+    def shared(selection):
+        head = make_selection(selection, CONFIGS["small"], 4096, seed=0)[0, 3000:3100].tolist()
+        return sum(len(set(a) & set(b)) for a, b in zip(head, head[1:]))
+
+    assert shared(Selection(0.95)) > shared(Selection(0.5)) > shared(Selection())
+
+
+def test_a_run_writes_lines_that_stand_on_their_own(tmp_path, capsys):
+    arguments = "--device cpu --lengths 128 --runs 1 --warmups 0 --persistence 0 --out"
+    assert bench.main([*arguments.split(), str(tmp_path)]) == 0
+    records = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
+    measured = {(r["operator"], r["pass"]) for r in records}
+    assert {("whole", "fwd"), ("whole", "bwd"), ("select", "fwd"), ("dense", "bwd")} <= measured
+    for record in records:
+        assert record["error"] is None and record["ms"] > 0 and record["bytes"] > 0
+        for field in ("device", "date", "threads", "fsattn", "torch", "floor_share", "runs"):
+            assert record[field] is not None
+        assert (record["workspace_bytes"] is None) == (record["implementation"] != "fsattn")
+    backward = [r for r in records if r["pass"] == "bwd" and r["implementation"] == "fsattn"]
+    assert backward and all("bwd" in r["plan"] for r in backward)
+    assert table(records) in capsys.readouterr().out
+
+
+def test_speedup_compares_equal_shapes():
+    def record(operator, tokens, ms):
+        fields = {"config": "c", "dtype": "float32", "pass": "fwd"}
+        return dict(fields, operator=operator, tokens=tokens, ms=ms)
+
+    records = [record("whole", 8, 2.0), record("dense", 8, 6.0), record("whole", 16, 2.0)]
+    assert speedup_over_dense(records[0], records) == 3.0
+    assert speedup_over_dense(records[1], records) is None
+    assert speedup_over_dense(records[2], records) is None
