@@ -115,8 +115,9 @@ def plot_selections(path: Path, selections: list[Tensor], shape: Shape) -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel("position of the query", fontsize=9)
     figure.suptitle(
-        f"Which {shape.topk} blocks of {shape.block_size} keys a query attends to",
-        fontsize=12,
+        f"Which {shape.topk} blocks of {shape.block_size} keys a query attends to: "
+        "the last query of every block of a held-out text",
+        fontsize=12 if len(selections) > 2 else 9,
     )
     handles = [
         Patch(facecolor=color, label=meaning, edgecolor="#d6d3d1", linewidth=0.5)
