@@ -146,6 +146,8 @@ Tensor allocate_like(const OptionalTensor& like, const Tensor& device) {
 }
 
 Tensor readable_rows(const Tensor& tensor) {
+  // PyTorch calls any tensor without elements contiguous, whatever its strides.
+  if (tensor.numel() == 0) return allocate_like(tensor);
   const int64_t last = tensor.dim() - 1;
   bool readable = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % kRowAlignment == 0 &&
                   last >= 0 && (tensor.size(last) <= 1 || tensor.stride(last) == 1);
