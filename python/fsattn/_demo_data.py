@@ -33,7 +33,9 @@ class Text:
 
 
 def _as_bytes(chunks: list[bytes]) -> Tensor:
-    return torch.frombuffer(bytearray(b"".join(chunks)), dtype=torch.uint8)
+    content = bytearray(b"".join(chunks))
+    # frombuffer refuses an empty buffer; load_text has the better message.
+    return torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0).byte()
 
 
 def standard_library() -> Text:

@@ -90,6 +90,9 @@ def test_own_text_and_its_errors(tmp_path):
     assert (len(text.train), len(text.held_out)) == (900, 100)
     with pytest.raises(ValueError, match="at least 202 bytes, found 100"):
         _demo_data.load_text(path, 200)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="found 0"):
+        _demo_data.load_text(path, 64)
     missing = command("demo", "--quick", "--data", tmp_path / "missing")
     assert missing.returncode == 2 and "missing" in missing.stderr
 
