@@ -25,7 +25,7 @@ const Device& device_of(const NsaBwdProblem& problem) { return problem.gate.devi
 
 DeviceInfo describe_device(const Device& device) {
   DeviceInfo info = query_device(device);
-  if (info.type == DeviceType::kCpu) info.name = cpu_backend_name();
+  if (info.type == DeviceType::kCpu) info.name = cpu_instruction_set();
   return info;
 }
 

@@ -10,9 +10,9 @@ namespace fsattn {
 
 struct DeviceInfo {
   DeviceType type = DeviceType::kCpu;
-  Arch arch = Arch::kCpu;      // the newest instruction set of ours that the device runs
-  std::string name = "cpu";    // CUDA: the product name
-  int num_threads = 1;         // CPU: threads of a parallel loop
+  Arch arch = Arch::kCpu;    // the newest instruction set of ours that the device runs
+  std::string name = "cpu";  // CUDA: the product name; CPU: the instruction set, filled in by run/
+  int num_threads = 1;       // CPU: threads of a parallel loop
   int compute_capability = 0;  // CUDA: 10 * major + minor
   int num_sms = 0;             // CUDA
   size_t smem_per_cta = 0;     // CUDA: bytes of shared memory that one CTA can opt in to

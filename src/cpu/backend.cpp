@@ -4,6 +4,7 @@
 #include "cpu/block_index.h"
 #include "cpu/compress_kv.h"
 #include "cpu/gate.h"
+#include "cpu/isa.h"
 #include "cpu/select_blocks.h"
 
 namespace fsattn::cpu {
@@ -26,5 +27,7 @@ const Backend& cpu_backend() {
   };
   return backend;
 }
+
+const char* instruction_set() { return name_of(active_isa()); }
 
 }  // namespace fsattn::cpu

@@ -19,6 +19,6 @@ const Backend& backend_of(const Plan& plan) {
 #endif
 }
 
-const char* cpu_backend_name() { return cpu::cpu_backend().name; }
+const char* cpu_instruction_set() { return cpu::instruction_set(); }
 
 }  // namespace fsattn

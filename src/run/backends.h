@@ -8,7 +8,7 @@ namespace fsattn {
 // The functions that carry out a plan.
 const Backend& backend_of(const Plan& plan);
 
-// The CPU backend's name, which says the instruction set in use.
-const char* cpu_backend_name();
+// The instruction set that the CPU backend uses. Throws when FSATTN_ISA names an impossible one.
+const char* cpu_instruction_set();
 
 }  // namespace fsattn
