@@ -54,13 +54,14 @@ struct BwdRow {
 };
 
 template <class T>
-__device__ __forceinline__ BwdRow find_row(const BwdArgs& a, const ItemRows& at,
-                                           const int32_t* entries, int tile, int warp, int lane) {
+__device__ __forceinline__ BwdRow find_row(const BwdArgs& a, const BwdStorage<T>& s, int tile,
+                                           int warp, int lane) {
+  const ItemRows& at = s.at;
   BwdRow row;
   const int r = tile * T::kRows + warp * T::kRowsPerWarp + lane;
   if (lane >= T::kRowsPerWarp || r >= at.num_rows) return row;
   const int e = a.space.group_div.quotient(r);
-  row.entry = __ldg(entries + e);
+  row.entry = __ldg(a.entries + at.kv_head * a.entry_stride + s.item.first + e);
   row.h = a.space.group_div.remainder(r, e);
   return row;
 }
@@ -70,7 +71,7 @@ __device__ __forceinline__ BwdRow find_row(const BwdArgs& a, const ItemRows& at,
 template <class T, int kCols>
 __device__ __forceinline__ void gather_tile(uint32_t tile, const Rows& rows, const BwdArgs& a,
                                             const ItemRows& at, const BwdRow& row, int num_chunks,
-                                            int warp, int lane, uint64_t policy) {
+                                            int warp, int lane) {
   constexpr int kChunks = kCols / 8;
   const int token = row.entry < 0 ? 0 : a.space.topk_div.quotient(row.entry);
   const int head = at.kv_head * a.space.group + row.h;
@@ -85,7 +86,7 @@ __device__ __forceinline__ void gather_tile(uint32_t tile, const Rows& rows, con
     const char* from =
         static_cast<const char*>(rows.data) + (is_inside ? (int64_t{offset} + chunk) * 16 : 0);
     const uint32_t to = tile + device::tile_offset<kCols>(warp * T::kRowsPerWarp + r, chunk);
-    device::cp_async_16_zero_fill(to, from, is_inside ? 16 : 0, policy);
+    device::cp_async_16(to, from, is_inside);
   }
 }
 
@@ -113,48 +114,53 @@ __device__ __forceinline__ void publish_rows(const BwdArgs& a, const Item& item,
   s.out_row[buffer][r] = out_row;
 }
 
-// S^T and dP^T of this warp's 16 keys and 32 rows -> P^T and dS^T in shared memory.
+// S^T and dP^T of this warp's 16 keys and 32 rows -> P^T and dS^T in shared memory. dP^T takes two steps
+// of 16 rows: both at once would need more registers than two CTAs an SM leave.
 template <class T>
 __device__ __forceinline__ void compute_scores(const BwdArgs& a, BwdStorage<T>& s, int stage,
                                                int buffer, int warp, int lane) {
   using Element = typename T::Element;
   const int key0 = warp % 4 * 16, row0 = warp / 4 * 32;
-  float score[1][4][4] = {}, dp[1][4][4] = {};
+  float score[1][4][4] = {};
   device::mma_a_bt<Element, T::kD, T::kD>(
       score,
       device::lane_rows16<T::kD>(device::smem_address(s.k) + device::tile_bytes<T::kD>(key0), lane),
       device::lane_rows8x2<T::kD>(
           device::smem_address(s.q[stage]) + device::tile_bytes<T::kD>(row0), lane));
-  device::mma_a_bt<Element, T::kDv, T::kDv>(
-      dp,
-      device::lane_rows16<T::kDv>(device::smem_address(s.v) + device::tile_bytes<T::kDv>(key0),
-                                  lane),
-      device::lane_rows8x2<T::kDv>(device::smem_address(s.dout) + device::tile_bytes<T::kDv>(row0),
-                                   lane));
   const uint32_t p_tile = device::smem_address(s.p), ds_tile = device::smem_address(s.ds);
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    const int row = row0 + n * 8 + lane % 4 * 2;
-    const float4 stats = *reinterpret_cast<const float4*>(&s.stats[buffer][row]);
-    const int2 limit = *reinterpret_cast<const int2*>(&s.limit[buffer][row]);
-    const float lse[2] = {stats.x, stats.z}, delta[2] = {stats.y, stats.w};
-    const int last[2] = {limit.x, limit.y};
-    float p[4], ds[4];
+  for (int step = 0; step < 2; ++step) {
+    float dp[1][2][4] = {};
+    device::mma_a_bt<Element, T::kDv, T::kDv>(
+        dp,
+        device::lane_rows16<T::kDv>(device::smem_address(s.v) + device::tile_bytes<T::kDv>(key0),
+                                    lane),
+        device::lane_rows8x2<T::kDv>(
+            device::smem_address(s.dout) + device::tile_bytes<T::kDv>(row0 + step * 16), lane));
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int key = key0 + lane / 4 + e / 2 * 8;
-      const float x = device::exp2_approx(fmaf(score[0][n][e], a.scale_log2, -lse[e % 2]));
-      p[e] = key <= last[e % 2] ? x : 0.f;
-      ds[e] = p[e] * (dp[0][n][e] - delta[e % 2]);
-    }
+    for (int i = 0; i < 2; ++i) {
+      const int n = step * 2 + i, row = row0 + n * 8 + lane % 4 * 2;
+      const float4 stats = *reinterpret_cast<const float4*>(&s.stats[buffer][row]);
+      const int2 limit = *reinterpret_cast<const int2*>(&s.limit[buffer][row]);
+      const float lse[2] = {stats.x, stats.z}, delta[2] = {stats.y, stats.w};
+      const int last[2] = {limit.x, limit.y};
+      float p[4], ds[4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t at =
-          device::tile_offset<T::kRows>(key0 + lane / 4 + half * 8, row0 / 8 + n) + lane % 4 * 4;
-      device::store_shared_u32(p_tile + at,
-                               device::pack_pair<Element>(p[2 * half], p[2 * half + 1]));
-      device::store_shared_u32(ds_tile + at,
-                               device::pack_pair<Element>(ds[2 * half], ds[2 * half + 1]));
+      for (int e = 0; e < 4; ++e) {
+        const int key = key0 + lane / 4 + e / 2 * 8;
+        const float x = device::exp2_approx(fmaf(score[0][n][e], a.scale_log2, -lse[e % 2]));
+        p[e] = key <= last[e % 2] ? x : 0.f;
+        ds[e] = p[e] * (dp[0][i][e] - delta[e % 2]);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t at =
+            device::tile_offset<T::kRows>(key0 + lane / 4 + half * 8, row0 / 8 + n) + lane % 4 * 4;
+        device::store_shared_u32(p_tile + at,
+                                 device::pack_pair<Element>(p[2 * half], p[2 * half + 1]));
+        device::store_shared_u32(ds_tile + at,
+                                 device::pack_pair<Element>(ds[2 * half], ds[2 * half + 1]));
+      }
     }
   }
 }
@@ -212,8 +218,7 @@ __device__ __forceinline__ void compute_dq(const BwdArgs& a, BwdStorage<T>& s, i
       device::lane_rows8x2<T::kRows>(device::smem_address(s.ds), lane), warp % 4);
   const uint32_t k = device::lane_rows16<T::kD>(device::smem_address(s.k), lane) ^ (half * 32);
   const uint32_t tile = device::smem_address(s.q[stage]);
-  const uint64_t policy = device::l2_evict_first();
-#pragma unroll
+#pragma unroll 1
   for (int step = 0; step < kSteps; ++step) {
     float dq[2 * kStepPairs][4] = {};
     mma_pairs<Element, T::kD, kStepPairs>(dq, k + step * 128, [ds](int kk, uint32_t(&af)[4]) {
@@ -236,7 +241,7 @@ __device__ __forceinline__ void compute_dq(const BwdArgs& a, BwdStorage<T>& s, i
       if (to < 0 || chunk >= a.chunks_qk) continue;
       char* at = static_cast<char*>(a.dq_partial) + (int64_t{to} * a.chunks_qk + chunk) * 16;
       const uint4 x = device::load_shared_u128(tile + device::tile_offset<T::kD>(row, chunk));
-      device::store_global_u128_hint(at, x, policy);
+      __stcs(reinterpret_cast<uint4*>(at), x);
     }
   }
 }
@@ -286,28 +291,33 @@ __device__ __forceinline__ void load_part(const BwdArgs& a, const Item& item, in
       threadIdx.x);
 }
 
+// The same lane, but the compiler does not know: what is computed from it stays inside its phase
+// instead of taking a register for the whole item.
+__device__ __forceinline__ int opaque(int lane) {
+  asm volatile("" : "+r"(lane));
+  return lane;
+}
+
 template <class T>
 __device__ __forceinline__ void process_item(const BwdArgs& a, BwdStorage<T>& s, int warp,
                                              int lane) {
   const Item& item = s.item;
   const ItemRows& at = s.at;
-  const int32_t* entries = a.entries + at.kv_head * a.entry_stride + item.first;
-  const uint64_t policy = device::l2_evict_last();
   const auto gather_q = [&](int stage, const BwdRow& row) {
     gather_tile<T, T::kD>(device::smem_address(s.q[stage]), a.attn.q, a, at, row, a.chunks_qk, warp,
-                          lane, policy);
+                          lane);
   };
   const auto gather_dout = [&](const BwdRow& row) {
     gather_tile<T, T::kDv>(device::smem_address(s.dout), a.attn.dout, a, at, row, a.chunks_v, warp,
-                           lane, policy);
+                           lane);
   };
   float dk[2 * T::kPairs][4] = {}, dv[2 * T::kPairsV][4] = {};
   load_part<T>(a, item, at.kv_head, s);
-  BwdRow row = find_row<T>(a, at, entries, 0, warp, lane);
+  BwdRow row = find_row<T>(a, s, 0, warp, lane);
   gather_q(0, row);
   gather_dout(row);
   publish_rows<T>(a, item, at, row, s, 0, warp, lane);
-  row = find_row<T>(a, at, entries, 1, warp, lane);
+  row = find_row<T>(a, s, 1, warp, lane);
 
   for (int tile = 0; tile * T::kRows < at.num_rows; ++tile) {
     const int buffer = tile & 1, stage = T::kStages == 2 ? buffer : 0;
@@ -319,17 +329,17 @@ __device__ __forceinline__ void process_item(const BwdArgs& a, BwdStorage<T>& s,
       if constexpr (T::kStages == 2) gather_q(stage ^ 1, row);
       publish_rows<T>(a, item, at, row, s, buffer ^ 1, warp, lane);
     }
-    compute_scores<T>(a, s, stage, buffer, warp, lane);
+    compute_scores<T>(a, s, stage, buffer, warp, opaque(lane));
     __syncthreads();  // B
-    accumulate_dkv<T>(s, stage, warp, lane, dk, dv);
+    accumulate_dkv<T>(s, stage, warp, opaque(lane), dk, dv);
     __syncthreads();  // C
     if (has_next) gather_dout(row);
-    compute_dq<T>(a, s, stage, buffer, warp, lane);
+    compute_dq<T>(a, s, stage, buffer, warp, opaque(lane));
     if constexpr (T::kStages == 1) {
       __syncthreads();  // the only stage was read as dQ by everyone
       if (has_next) gather_q(0, row);
     }
-    row = find_row<T>(a, at, entries, tile + 2, warp, lane);
+    row = find_row<T>(a, s, tile + 2, warp, lane);
   }
   store_dkv<T>(a, item, warp, lane, dk, dv);
 }
