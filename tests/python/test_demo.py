@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fsattn
-from fsattn import _demo_data, _demo_train, demo
+from fsattn import __main__, _demo_data, _demo_train, demo
 from fsattn._demo_model import Shape, make_models
 
 SOURCES = str(Path(fsattn.__file__).resolve().parents[1])
@@ -42,10 +42,10 @@ def test_info_names_the_versions():
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"]])
-def test_without_a_known_command_the_usage_is_shown(arguments):
-    done = command(*arguments)
-    assert done.returncode == 2
-    assert all(name in done.stdout + done.stderr for name in ("info", "demo", "bench"))
+def test_without_a_known_command_the_usage_is_shown(arguments, capsys):
+    assert __main__.main(arguments) == 2
+    shown = "".join(capsys.readouterr())
+    assert all(name in shown for name in ("info", "demo", "bench"))
 
 
 def test_demo_reports_both_losses_and_passes(quick):
@@ -83,7 +83,7 @@ def test_demo_fails_when_the_sparse_model_is_worse(capsys):
     assert not demo.report(failed) and "FAIL" in capsys.readouterr().out
 
 
-def test_own_text_and_its_errors(tmp_path):
+def test_own_text_and_its_errors(tmp_path, capsys):
     path = tmp_path / "text"
     path.write_bytes(bytes(range(100)) * 10)
     text = _demo_data.load_text(path, 64)
@@ -93,8 +93,8 @@ def test_own_text_and_its_errors(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="found 0"):
         _demo_data.load_text(path, 64)
-    missing = command("demo", "--quick", "--data", tmp_path / "missing")
-    assert missing.returncode == 2 and "missing" in missing.stderr
+    assert demo.main(["--quick", "--data", str(tmp_path / "missing")]) == 2
+    assert "missing" in capsys.readouterr().err
 
 
 def test_training_repeats_bit_by_bit():
