@@ -13,10 +13,12 @@ namespace {
 template <class Real>
 struct IntOf {
   using type = int32_t;
+  using unsigned_type = uint32_t;
 };
 template <>
 struct IntOf<double> {
   using type = int64_t;
+  using unsigned_type = uint64_t;
 };
 
 template <class Real>
@@ -25,6 +27,7 @@ struct Simd {
   static constexpr int kLanes = FSATTN_VECTOR_BYTES / static_cast<int>(sizeof(Real));
   typedef Real V __attribute__((vector_size(FSATTN_VECTOR_BYTES)));
   typedef Int I __attribute__((vector_size(FSATTN_VECTOR_BYTES)));
+  typedef typename IntOf<Real>::unsigned_type U __attribute__((vector_size(FSATTN_VECTOR_BYTES)));
   typedef Real Unaligned
       __attribute__((vector_size(FSATTN_VECTOR_BYTES), aligned(alignof(Real)), may_alias));
 
@@ -76,7 +79,7 @@ FSATTN_FORCE_INLINE Simd<float>::V exp_of(Simd<float>::V x) {
   y = y * r + 1.0F;
   // 2^n by adding n to the exponent; the shift drops the bits of kMagic.
   const S::V scaled =
-      reinterpret_cast<S::V>(reinterpret_cast<S::I>(y) + (reinterpret_cast<S::I>(shifted) << 23));
+      reinterpret_cast<S::V>(reinterpret_cast<S::U>(y) + (reinterpret_cast<S::U>(shifted) << 23));
   return x < -87.0F ? S::V{} : scaled;
 }
 
@@ -106,7 +109,7 @@ FSATTN_FORCE_INLINE Simd<double>::V exp_of(Simd<double>::V x) {
 #pragma GCC unroll 13
   for (int i = 1; i < 14; ++i) y = y * r + kInverseFactorials[i];
   const S::V scaled =
-      reinterpret_cast<S::V>(reinterpret_cast<S::I>(y) + (reinterpret_cast<S::I>(shifted) << 52));
+      reinterpret_cast<S::V>(reinterpret_cast<S::U>(y) + (reinterpret_cast<S::U>(shifted) << 52));
   return x < -708.0 ? S::V{} : scaled;
 }
 

@@ -29,11 +29,25 @@ struct SelectBuffers {
   Real* panel;
 };
 
+// How windows weigh in a block, in the order of the header comment: a rise from 1, a plateau, a fall
+// to 1.
+struct Overlap {
+  int64_t windows;    // l / d
+  int64_t per_block;  // S / d
+  int64_t plateau;    // its weight
+
+  explicit Overlap(const SelectBlocksParams& params)
+      : windows(params.mask.kernel_size / params.mask.kernel_stride),
+        per_block(params.block_size / params.mask.kernel_stride),
+        plateau(std::min(windows, per_block)) {}
+};
+
 template <class Real>
 struct SelectJob {
   const SelectBlocksParams& params;
   AttnJob<CompressedMask, Real>& job;
   int64_t num_blocks;  // pitch of the block scores
+  Overlap overlap;
 };
 
 template <class Real>
@@ -90,23 +104,29 @@ void score_windows(const SelectJob<Real>& select, const SelectBuffers<Real>& buf
                    buffers.group_score + first_query * kTileKeys});
 }
 
-// Adds the windows begin .. end - 1 of one query to its blocks; p[i - begin] belongs to window i.
+// sum of P[i] * weight over the windows begin .. end - 1 that overlap a block; p[0] belongs to `begin`.
 template <class Real>
-void add_to_blocks(const SelectBlocksParams& params, const Real* p, int64_t begin, int64_t end,
+Real overlap_sum(const Overlap& overlap, const Real* p, int64_t begin, int64_t end, int64_t block) {
+  const int64_t first = overlap.per_block * block - (overlap.windows - 1);
+  const int64_t last = overlap.per_block * (block + 1) - 1;
+  const int64_t rise_end = first + overlap.plateau - 1, fall_begin = last - overlap.plateau + 2;
+  const int64_t i_begin = std::max(begin, first), i_end = std::min(end, last + 1);
+  Real sum = 0, flat = 0;
+  int64_t i = i_begin;
+  for (; i < std::min(rise_end, i_end); ++i) sum += p[i - begin] * static_cast<Real>(i - first + 1);
+  for (; i < std::min(fall_begin, i_end); ++i) flat += p[i - begin];
+  for (; i < i_end; ++i) sum += p[i - begin] * static_cast<Real>(last - i + 1);
+  return sum + flat * static_cast<Real>(overlap.plateau);
+}
+
+// Adds the windows begin .. end - 1 of one query to its blocks.
+template <class Real>
+void add_to_blocks(const Overlap& overlap, const Real* p, int64_t begin, int64_t end,
                    int64_t num_blocks, Real* block_score) {
-  const int64_t windows = params.mask.kernel_size / params.mask.kernel_stride;
-  const int64_t per_block = params.block_size / params.mask.kernel_stride;
-  const int64_t last_block = std::min((end - 1 + windows - 1) / per_block, num_blocks - 1);
-  for (int64_t block = begin / per_block; block <= last_block; ++block) {
-    const int64_t first_window = per_block * block - (windows - 1);
-    const int64_t i_end = std::min(end, per_block * (block + 1));
-    Real sum = block_score[block];
-    for (int64_t i = std::max(begin, first_window); i < i_end; ++i) {
-      const int64_t o = i - first_window;
-      const int64_t weight = std::min({o + 1, windows, per_block, windows + per_block - 1 - o});
-      sum += p[i - begin] * static_cast<Real>(weight);
-    }
-    block_score[block] = sum;
+  const int64_t last_block =
+      std::min((end - 1 + overlap.windows - 1) / overlap.per_block, num_blocks - 1);
+  for (int64_t block = begin / overlap.per_block; block <= last_block; ++block) {
+    block_score[block] += overlap_sum(overlap, p, begin, end, block);
   }
 }
 
@@ -194,7 +214,7 @@ void run_tile(const SelectJob<Real>& select, const QueryTile& tile, int thread) 
                    score_windows(select, buffers, panel.k_t, keys, first_query);
                    for (int64_t i = 0; i < keys.num_queries; ++i) {
                      const int64_t query = first_query + i;
-                     add_to_blocks(select.params, buffers.group_score + query * kTileKeys,
+                     add_to_blocks(select.overlap, buffers.group_score + query * kTileKeys,
                                    tiles.key(), tiles.key() + keys.last[i], select.num_blocks,
                                    buffers.block_score + query * select.num_blocks);
                    }
@@ -214,7 +234,7 @@ void run(const SelectBlocksParams& params) {
       params.packing, params.mask,
       {&tile_ops<Real>(params.shape.dtype), params.shape, params.k_cmp, {}, PanelKind::kSelect},
       make_cpu_attn_layout(dims), params.scratch);
-  const SelectJob<Real> select{params, job, dims.num_blocks};
+  const SelectJob<Real> select{params, job, dims.num_blocks, Overlap(params)};
   job.for_each_query_tile(
       [&](const QueryTile& tile, int thread) { run_tile(select, tile, thread); });
 }

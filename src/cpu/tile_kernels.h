@@ -140,38 +140,49 @@ FSATTN_FORCE_INLINE typename Simd<Real>::I is_visible(int64_t col, int64_t first
   return (lane >= static_cast<Int>(first)) & (lane < static_cast<Int>(last));
 }
 
-// A row's vectors: columns begin .. end - 1 widened to whole vectors.
+// The columns of a row that are worked on: the union of its tile widened to whole vectors, of which it
+// sees [first, last).
 template <class Real>
 struct Columns {
   int64_t begin, end;
+  int64_t first = 0, last = 0;
 
-  explicit Columns(const VisibleKeys& keys)
-      : begin(keys.begin / Simd<Real>::kLanes * Simd<Real>::kLanes), end(keys.end) {}
+  explicit FSATTN_FORCE_INLINE Columns(const VisibleKeys& keys)
+      : begin(keys.begin / Simd<Real>::kLanes * Simd<Real>::kLanes),
+        end((keys.end + Simd<Real>::kLanes - 1) / Simd<Real>::kLanes * Simd<Real>::kLanes) {}
+
+  FSATTN_FORCE_INLINE bool all_visible() const { return first <= begin && last >= end; }
+
+  // x where the row sees the key, `other` elsewhere. Rows that see all of a tile skip the comparison.
+  template <bool kMasked, class V>
+  FSATTN_FORCE_INLINE V choose(int64_t col, V x, V other) const {
+    if constexpr (!kMasked) return x;
+    return is_visible<Real>(col, first, last) ? x : other;
+  }
 };
 
 // The largest scaled score of a row.
-template <class Real>
-FSATTN_FORCE_INLINE Real max_of_row(const Real* score, Columns<Real> cols, int64_t first,
-                                    int64_t last, Real scale) {
+template <bool kMasked, class Real>
+FSATTN_FORCE_INLINE Real max_of_row(const Real* score, const Columns<Real>& cols, Real scale) {
   using S = Simd<Real>;
   const typename S::V nothing = S::broadcast(-static_cast<Real>(__builtin_inf()));
   typename S::V largest = nothing;
   for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
     const typename S::V x = S::load(score + c) * scale;
-    largest = S::max(largest, is_visible<Real>(c, first, last) ? x : nothing);
+    largest = S::max(cols.template choose<kMasked>(c, x, nothing), largest);
   }
   return S::max_of_lanes(largest);
 }
 
 // score becomes exp(scale * score - shift), 0 where invisible; returns the sum of the row.
-template <class Real>
-FSATTN_FORCE_INLINE Real exp_of_row(Real* score, Columns<Real> cols, int64_t first, int64_t last,
-                                    Real scale, Real shift) {
+template <bool kMasked, class Real>
+FSATTN_FORCE_INLINE Real exp_of_row(Real* score, const Columns<Real>& cols, Real scale,
+                                    Real shift) {
   using S = Simd<Real>;
   typename S::V sum{};
   for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
     const typename S::V p = exp_of(S::load(score + c) * scale - shift);
-    const typename S::V visible = is_visible<Real>(c, first, last) ? p : typename S::V{};
+    const typename S::V visible = cols.template choose<kMasked>(c, p, typename S::V{});
     S::store(score + c, visible);
     sum += visible;
   }
@@ -189,47 +200,71 @@ FSATTN_FORCE_INLINE Real exp_of_scalar(Real x) {
   return exp_of(Simd<Real>::broadcast(x))[0];
 }
 
+template <bool kMasked, class Real>
+FSATTN_FORCE_INLINE void softmax_step_row(const SoftmaxStepArgs<Real>& args,
+                                          const Columns<Real>& cols, int64_t r) {
+  Real* score = args.score + r * kTileKeys;
+  const Real lowest = -static_cast<Real>(__builtin_inf());
+  const Real old_max = args.row_max[r];
+  const Real tile_max = max_of_row<kMasked>(score, cols, args.scale);
+  const Real new_max = tile_max > old_max ? tile_max : old_max;
+  // Scores that are all -inf: shift by 0, so that exp gives 0 and not NaN.
+  const Real shift = new_max == lowest ? 0 : new_max;
+  const Real sum = exp_of_row<kMasked>(score, cols, args.scale, shift);
+  if (new_max == old_max) {
+    args.row_sum[r] += sum;
+    return;
+  }
+  const Real decay = exp_of_scalar<Real>(old_max - shift);
+  args.row_max[r] = new_max;
+  args.row_sum[r] = args.row_sum[r] * decay + sum;
+  scale_row<Real>(args.out + r * args.out_cols, args.out_cols, decay);
+}
+
 template <class Real>
 void softmax_step(const SoftmaxStepArgs<Real>& args) {
-  const Columns<Real> cols(args.keys);
-  const Real lowest = -static_cast<Real>(__builtin_inf());
+  Columns<Real> cols(args.keys);
   for (int64_t query = 0; query < args.keys.num_queries; ++query) {
-    const int64_t first = args.keys.first[query], last = args.keys.last[query];
+    cols.first = args.keys.first[query];
+    cols.last = args.keys.last[query];
+    const bool all_visible = cols.all_visible();
     for (int64_t r = query * args.keys.group; r < (query + 1) * args.keys.group; ++r) {
-      Real* score = args.score + r * kTileKeys;
-      const Real old_max = args.row_max[r];
-      const Real tile_max = max_of_row<Real>(score, cols, first, last, args.scale);
-      const Real new_max = tile_max > old_max ? tile_max : old_max;
-      // Scores that are all -inf: shift by 0, so that exp gives 0 and not NaN.
-      const Real shift = new_max == lowest ? 0 : new_max;
-      const Real sum = exp_of_row<Real>(score, cols, first, last, args.scale, shift);
-      if (new_max == old_max) {
-        args.row_sum[r] += sum;
-        continue;
+      if (all_visible) {
+        softmax_step_row<false>(args, cols, r);
+      } else {
+        softmax_step_row<true>(args, cols, r);
       }
-      const Real decay = exp_of_scalar<Real>(old_max - shift);
-      args.row_max[r] = new_max;
-      args.row_sum[r] = args.row_sum[r] * decay + sum;
-      scale_row<Real>(args.out + r * args.out_cols, args.out_cols, decay);
     }
+  }
+}
+
+template <bool kMasked, class Real>
+FSATTN_FORCE_INLINE void softmax_grad_row(const SoftmaxGradArgs<Real>& args,
+                                          const Columns<Real>& cols, int64_t r) {
+  using S = Simd<Real>;
+  Real* score = args.score + r * kTileKeys;
+  Real* dscore = args.dscore + r * kTileKeys;
+  const Real scale = args.scale, lse = args.lse[r], delta = args.delta[r];
+  for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
+    const typename S::V p = exp_of(S::load(score + c) * scale - lse);
+    const typename S::V ds = p * (S::load(dscore + c) - delta);
+    S::store(score + c, cols.template choose<kMasked>(c, p, typename S::V{}));
+    S::store(dscore + c, cols.template choose<kMasked>(c, ds, typename S::V{}));
   }
 }
 
 template <class Real>
 void softmax_grad(const SoftmaxGradArgs<Real>& args) {
-  using S = Simd<Real>;
-  const Columns<Real> cols(args.keys);
+  Columns<Real> cols(args.keys);
   for (int64_t query = 0; query < args.keys.num_queries; ++query) {
-    const int64_t first = args.keys.first[query], last = args.keys.last[query];
+    cols.first = args.keys.first[query];
+    cols.last = args.keys.last[query];
+    const bool all_visible = cols.all_visible();
     for (int64_t r = query * args.keys.group; r < (query + 1) * args.keys.group; ++r) {
-      Real* score = args.score + r * kTileKeys;
-      Real* dscore = args.dscore + r * kTileKeys;
-      for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
-        const typename S::I visible = is_visible<Real>(c, first, last);
-        const typename S::V p = exp_of(S::load(score + c) * args.scale - args.lse[r]);
-        const typename S::V ds = p * (S::load(dscore + c) - args.delta[r]);
-        S::store(score + c, visible ? p : typename S::V{});
-        S::store(dscore + c, visible ? ds : typename S::V{});
+      if (all_visible) {
+        softmax_grad_row<false>(args, cols, r);
+      } else {
+        softmax_grad_row<true>(args, cols, r);
       }
     }
   }
@@ -238,10 +273,11 @@ void softmax_grad(const SoftmaxGradArgs<Real>& args) {
 template <class Real>
 void group_score(const GroupScoreArgs<Real>& args) {
   using S = Simd<Real>;
-  const Columns<Real> cols(args.keys);
+  Columns<Real> cols(args.keys);
   const int64_t group = args.keys.group;
   for (int64_t query = 0; query < args.keys.num_queries; ++query) {
-    const int64_t first = args.keys.first[query], last = args.keys.last[query];
+    cols.first = args.keys.first[query];
+    cols.last = args.keys.last[query];
     for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
       typename S::V joint{};  // probabilities are not negative: 0 starts the maximum, too
       for (int64_t r = query * group; r < (query + 1) * group; ++r) {
@@ -250,7 +286,7 @@ void group_score(const GroupScoreArgs<Real>& args) {
         joint = args.take_max ? S::max(p, joint) : joint + p;
       }
       S::store(args.out + query * kTileKeys + c,
-               is_visible<Real>(c, first, last) ? joint : typename S::V{});
+               cols.template choose<true>(c, joint, typename S::V{}));
     }
   }
 }
