@@ -161,6 +161,8 @@ CompressedMask check_compressed_mask(Arguments& args, const TensorView& cu_seqle
                                      const Sequences& seq, int64_t rows_cmp, int64_t kernel_size,
                                      int64_t kernel_stride) {
   check_windows(kernel_size, kernel_stride);
+  // On the CPU the lengths themselves were compared with it.
+  if (args.is_cuda()) check_max_seqlen("max_seqlen_k", seq.max_seqlen_k, rows_cmp);
   const int64_t batch = seq.cu_seqlens_q.shape[0] - 1;
   const int32_t* cu_cmp = check_cu_seqlens(args, "cu_seqlens_cmp", cu_seqlens_cmp, batch);
   check_window_counts(args, cu_seqlens_cmp, "cu_seqlens_k", seq.cu_seqlens_k, rows_cmp, kernel_size,

@@ -191,6 +191,20 @@ TEST(compressed_windows) {
   EXPECT_RULES(Bwd, compressed_bwd, (bwd_rules));
 }
 
+// On CUDA nobody reads the lengths: a forgotten max_seqlen_k must not pass as "no keys".
+TEST(compressed_max_seqlen_on_cuda) {
+  Calls calls(DType::kBFloat16);
+  CompressedAttentionFwd call = calls.compressed_fwd();
+  for (TensorView* view : {&call.q, &call.k, &call.v, &call.o, &call.lse, &call.cu_seqlens_cmp,
+                           &call.seq.cu_seqlens_q, &call.seq.cu_seqlens_k}) {
+    move_to_cuda(*view);
+  }
+  EXPECT_EQ(validate(call, Purpose::kRun).problem.max_k, 40);
+  call.seq.max_seqlen_k = 0;
+  EXPECT_THROWS(validate(call, Purpose::kRun), Error,
+                "max_seqlen_k: must be between 1 and 2147483647, found 0");
+}
+
 TEST(compressed_problem) {
   Calls calls;
   const Problem problem = validate(calls.compressed_fwd(), Purpose::kRun).problem;
