@@ -1,0 +1,83 @@
+// The compiled kernels of select_blocks and the shared memory they need.
+#pragma once
+#include <algorithm>
+#include <array>
+
+#include "base/dtype.h"
+#include "base/math.h"
+#include "plan/problem.h"
+
+namespace fsattn {
+
+// A row serves head dims up to its own: smaller ones are padded with zeros in shared memory. A single
+// head may stay in shared memory (`keeps_q`) where that fits; otherwise the heads of the group stream.
+struct SelectBlocksConfig {
+  Arch arch;
+  DType dtype;
+  int head_dim;
+  bool keeps_q;
+};
+
+// Columns: arch, dtype, head_dim, keeps_q. The first row that fits wins.
+inline constexpr std::array kSelectBlocksTable{
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 64,  true },
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 64,  false},
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 128, true },
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 128, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 256, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  64,  true },
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  64,  false},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  128, true },
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  128, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  256, false},
+};
+
+inline constexpr int kSelectTileQ = 64;    // queries of a CTA
+inline constexpr int kSelectTileKv = 128;  // compressed keys of a step
+inline constexpr int kSelectBuffer = 32;   // candidates of a query that wait for the next merge
+inline constexpr int kSelectMaxHalo = 64;  // windows before a step that its first block may need
+inline constexpr int kSelectScorePitch =
+    kSelectTileKv + 4;  // floats; rows start in different banks
+
+// Shared memory of a CTA; offsets in bytes. The scores of a step take the place of the queries, unless
+// these stay.
+struct SelectBlocksSmem {
+  int k, q, score, halo, list, buffer, threshold, count, bytes;
+};
+
+constexpr SelectBlocksSmem select_blocks_smem(const SelectBlocksConfig& config, int halo,
+                                              int topk) {
+  const int q_bytes = kSelectTileQ * config.head_dim * 2;
+  const int score_bytes = kSelectTileQ * kSelectScorePitch * 4;
+  SelectBlocksSmem s{};
+  s.k = 0;
+  s.q = s.k + kSelectTileKv * config.head_dim * 2;
+  s.score = config.keeps_q ? s.q + q_bytes : s.q;
+  s.halo = config.keeps_q ? s.score + score_bytes : s.q + std::max(2 * q_bytes, score_bytes);
+  s.list = s.halo + kSelectTileQ * round_up(halo, 2) * 4;
+  s.buffer = s.list + kSelectTileQ * round_up(topk, 32) * 8;
+  s.threshold = s.buffer + kSelectTileQ * kSelectBuffer * 8;
+  s.count = s.threshold + kSelectTileQ * 8;
+  s.bytes = s.count + kSelectTileQ * 4;
+  return s;
+}
+
+// Returns the row, or -1 when no kernel fits. `smem_limit`: bytes that one CTA may have.
+constexpr int find_select_blocks_row(const Problem& p, int64_t smem_limit) {
+  const int64_t halo = p.kernel_size / p.kernel_stride - 1;
+  if (halo > kSelectMaxHalo || p.block_size / p.kernel_stride > kSelectTileKv) return -1;
+  for (std::size_t row = 0; row < kSelectBlocksTable.size(); ++row) {
+    const SelectBlocksConfig& config = kSelectBlocksTable[row];
+    if (config.dtype != p.dtype || config.head_dim < p.head_dim) continue;
+    if (config.keeps_q && p.group_size() != 1) continue;
+    const SelectBlocksSmem smem =
+        select_blocks_smem(config, static_cast<int>(halo), static_cast<int>(p.topk));
+    if (smem.bytes <= smem_limit) return static_cast<int>(row);
+  }
+  return -1;
+}
+
+// The kernel keeps everything on chip.
+constexpr size_t select_blocks_workspace(const Problem&) { return 0; }
+
+}  // namespace fsattn
