@@ -282,6 +282,20 @@ OPERATORS = {
 ATTENTIONS = ["compressed_attention", "selected_attention", "window_attention"]
 
 
+def _gradient_units(case, douts):
+    """Size of the terms in dq and dk, for fp32: dS = P * (dP - delta) is a difference that is zero
+    for a row with one key, and whose terms have the size of dP = dO . v."""
+    if "k" not in case.names or douts[0].dtype != torch.float32:
+        return [None] * len(case.names)
+    q, k, v = (x.detach().cpu() for x in case.inputs[:3])
+    if not (q.numel() and k.numel()):
+        return [None] * len(case.names)
+    rms = [float(x.cpu().square().mean().sqrt()) for x in (douts[0], v)]
+    size = 2 * rms[0] * rms[1] * (v.shape[-1] / q.shape[-1]) ** 0.5  # dP and delta
+    units = {"q": size * float(k.abs().max()), "k": size * float(q.abs().max())}
+    return [units.get(name) for name in case.names]
+
+
 def check_case(case, dtype, device, with_lse=True, seed=77):
     """Forward and backward of the library against the definition, by the rule of support.check."""
     douts = case.douts(dtype, device, seed, with_lse)
@@ -299,6 +313,8 @@ def check_case(case, dtype, device, with_lse=True, seed=77):
         is_lse = name == "lse"
         assert found.dtype == (lse_dtype(dtype) if is_lse else dtype), f"{name}: {found.dtype}"
         check(name, found, truth, statistic if is_lse else same)
-    for name, *triple in zip(case.names, grads, true_grads, same_grads, strict=True):
-        check(f"d{name}", *triple)
+    units = _gradient_units(case, douts)
+    for name, unit, *triple in zip(case.names, units, grads, true_grads, same_grads, strict=True):
+        unit = None if unit is None else max(unit, float(triple[1].abs().max()))
+        check(f"d{name}", *triple, unit=unit)
     return outs, grads

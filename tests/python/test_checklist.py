@@ -194,7 +194,7 @@ def test_6_fp16_logit_gaps(op, size, device):
 
 
 def _check_large(op, size, device, dtype):
-    """Errors against fp64 as fp32 arithmetic on the same inputs makes them, rounded to dtype."""
+    """o and lse as fp32 arithmetic on the same inputs gives them, rounded to dtype; all finite."""
     shape = Shape(lens_q=[80, 37], dim=64, dim_v=64, window_size=40)
     case = OPERATORS[op](shape, dtype, device)
     # The largest |q.k| / 8 of this case is near 4; scale q and k so that it becomes `size`.
@@ -218,9 +218,11 @@ def _check_large(op, size, device, dtype):
         found, truth, same = triple
         assert torch.equal(found.cpu().isinf(), truth.isinf()), f"{name} must be finite"
         assert not found.isnan().any()
-        if dtype == torch.float32 or name in ("o", "lse"):
+        if name in ("o", "lse"):
+            # A logit of this size is rounded by eps * size, which moves o by as much of v.
+            slack = torch.finfo(torch.float32).eps * size * case.inputs[2].abs().max().item()
             same = same if name == "lse" else same.to(dtype)
-            check(name, found, truth, same)
+            check(name, found, truth, same, slack=slack if name == "o" else 0.0)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -90,7 +90,8 @@ def test_finite_for_the_largest_logits(op, sign, device, dtype):
     shape = SMALL.variant(lens_q=[90], window_size=80, softmax_scale=1.0)
     case = OPERATORS[op](shape, dtype, device)
     q, k, v = case.inputs
-    big = 6e4 if dtype == torch.float16 else 1e18
+    # Powers of two: every product and sum is exact, so all logits are equal.
+    big = 2.0**15 if dtype == torch.float16 else 2.0**60
     q, k = torch.full_like(q, big), torch.full_like(k, sign * big)
     o, lse = case.ours(q, k, v)
     seen = (lse > -torch.inf).T
@@ -199,32 +200,30 @@ sys.path[:0] = {path!r}
 import torch
 torch.set_num_threads({threads})
 from cases import OPERATORS, Shape
-import fsattn
 shape = Shape(lens_q=[300, 0, 129, 1], dim=32, dim_v=32, group=4)
-bits = hashlib.sha256()
 for op, make in OPERATORS.items():
-    case = make(shape, torch.{dtype})
-    outs, grads = case.found(case.douts(torch.{dtype}, "cpu"))
-    for x in [*outs, *grads]:
-        bits.update(x.contiguous().view(torch.uint8).numpy().tobytes())
-print(bits.hexdigest())
+    for dtype in (torch.float32, torch.bfloat16):
+        case = make(shape, dtype)
+        outs, grads = case.found(case.douts(dtype, "cpu"))
+        for name, x in zip([*case.outputs, *case.names], [*outs, *grads], strict=True):
+            bits = x.contiguous().view(torch.uint8).numpy().tobytes()
+            print(op, dtype, name, hashlib.sha256(bits).hexdigest())
 """
 
 
-def _bits_with_threads(threads, dtype):
+def _bits_with_threads(threads):
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    script = _THREADS.format(threads=threads, path=sys.path[:], dtype=dtype)
+    script = _THREADS.format(threads=threads, path=sys.path[:])
     command = [sys.executable, "-c", script]
-    return subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPU cores")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_threads_give_the_same_bits(dtype):
+def test_threads_give_the_same_bits():
     """One core and one thread against all of them, in processes of their own."""
-    one = _bits_with_threads(1, dtype)
-    many = _bits_with_threads(len(os.sched_getaffinity(0)), dtype)
-    assert len(one) > 60 and one == many
+    one, many = _bits_with_threads(1), _bits_with_threads(len(os.sched_getaffinity(0)))
+    assert len(one) > 50 and one == many
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -287,27 +286,22 @@ def test_explain_refuses_what_the_call_refuses():
         fsattn.explain(fsattn.window_attention, *case.inputs, cu_q, cu_k, window_size=-5)
 
 
-def test_log_plan():
-    """FSATTN_LOG=plan prints the plan of every new problem; without it nothing is printed."""
-    script = (
-        f"import sys; sys.path[:0] = {sys.path!r}\n"
-        "import torch, fsattn\n"
-        "x = torch.randn(40, 2, 16); cu = torch.tensor([0, 40], dtype=torch.int32)\n"
-        "for _ in range(2): fsattn.window_attention(x, x, x, cu, cu, window_size=5)\n"
+def test_log_plan(capfd):
+    """FSATTN_LOG=plan prints the plan of every new problem once; without it nothing is printed."""
+    lines = (
+        "import torch, fsattn",
+        "x = torch.randn(40, 2, 16); cu = torch.tensor([0, 40], dtype=torch.int32)",
+        "for _ in range(3): fsattn.window_attention(x, x, x, cu, cu, window_size=5)",
     )
-    printed = {}
-    for value in ("plan", ""):
-        environment = {**os.environ, "FSATTN_LOG": value}
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        printed[value] = done.stdout + done.stderr
-    assert "window" in printed["plan"] and printed["plan"].count("window_attention") <= 2
-    assert "window" not in printed[""]
+    script = f"import sys; sys.path[:0] = {sys.path!r}\n" + "\n".join(lines)
+    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "FSATTN_LOG": "plan"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert (done.stdout + done.stderr).count("fsattn: window_attention") == 1
+    if "FSATTN_LOG" not in os.environ:
+        capfd.readouterr()
+        exec("\n".join(lines), {})
+        assert capfd.readouterr() == ("", "")
 
 
 def test_large_batch_of_tiny_sequences():
