@@ -174,6 +174,7 @@ def make_sequences(
 
 def check_same_layout(lead_name: str, lead: Tensor, **tensors: Tensor) -> None:
     """All batched or all packed; batched ones with the same B."""
+    is_batched(lead_name, lead)
     for name, x in tensors.items():
         if x.dim() != lead.dim():
             raise ValueError(

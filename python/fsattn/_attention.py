@@ -211,10 +211,9 @@ def gate(
         o like o_cmp.
     """
     arguments.check_tensors(o_cmp=o_cmp, o_sel=o_sel, o_win=o_win, gates=gates)
-    batched = arguments.is_batched("o_cmp", o_cmp)
     arguments.check_same_layout("o_cmp", o_cmp, o_sel=o_sel, o_win=o_win)
     code = arguments.choose("activation", activation, arguments.ACTIVATIONS)
-    batch = o_cmp.shape[0] if batched else None
+    batch = o_cmp.shape[0] if o_cmp.dim() == 4 else None
     branches = (arguments.fold(o_cmp), arguments.fold(o_sel), arguments.fold(o_win))
     o = call(_ops.gate_fwd.default, *branches, arguments.fold_gates(gates, batch), code)
     return arguments.unfold(o, batch)

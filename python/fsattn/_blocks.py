@@ -45,7 +45,8 @@ def compress_kv(
         kind: "mean"; "weighted": sum of weight[h, j] * x[j]; "softmax": the same with the softmax
             of weight[h]; "linear": the concatenated window times weight[h].
         weight: [Hkv, l] for "weighted" and "softmax", [Hkv, l * D, D] for "linear".
-        pos_emb: [Hkv, l, D], added to the tokens of each window first.
+        pos_emb: [Hkv, l, D], added to the tokens of each window first. It and weight are copied
+            unless they are contiguous.
 
     Returns:
         (x_cmp, cu_seqlens_cmp). Packed: x_cmp [total // d, Hkv, D], an upper bound of the rows,
@@ -69,7 +70,10 @@ def compress_kv(
     max_seqlen = arguments.longest(cu_seqlens, max_seqlen, rows.shape[0])
     x_cmp, cu_seqlens_cmp = call(
         _ops.compress_kv_fwd.default,
-        *(rows, cu_seqlens, weight, pos_emb, max_seqlen, kernel_size, kernel_stride, kind_code),
+        *(rows, cu_seqlens),
+        None if weight is None else weight.contiguous(),
+        None if pos_emb is None else pos_emb.contiguous(),
+        *(max_seqlen, kernel_size, kernel_stride, kind_code),
     )
     if batched:
         length = x.shape[1]

@@ -3,6 +3,8 @@
 They must agree with python/csrc: all results are new and contiguous.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -133,7 +135,29 @@ _FAKES = {
 }
 
 
+# Arguments of the operators whose public name differs.
+_PUBLIC_NAMES = {"cu_q": "cu_seqlens_q", "cu_k": "cu_seqlens_k", "cu_cmp": "cu_seqlens_cmp"}
+
+
+def _refusing_mixed_devices(name: str, fake: Callable) -> Callable:
+    """`fake` for real meta tensors too: PyTorch sends a call here if any of its tensors is one."""
+    schema = getattr(torch.ops.fsattn, name).default._schema
+
+    def checked(*args):
+        tensors = [(a.name, x) for a, x in zip(schema.arguments, args) if isinstance(x, Tensor)]
+        lead_name, lead = tensors[0]
+        for arg_name, x in tensors:
+            if x.is_meta != lead.is_meta:
+                raise TypeError(
+                    f"{_PUBLIC_NAMES.get(arg_name, arg_name)}: device must be that of {lead_name} "
+                    f"({lead.device}), found {x.device}"
+                )
+        return fake(*args)
+
+    return checked
+
+
 def register() -> None:
     """Registers them all, once the operator library is loaded."""
     for name, fake in _FAKES.items():
-        torch.library.register_fake(f"fsattn::{name}", fake)
+        torch.library.register_fake(f"fsattn::{name}", _refusing_mixed_devices(name, fake))
