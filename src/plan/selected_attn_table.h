@@ -30,26 +30,38 @@ struct SelectedAttnFwdConfig {
 
 // Columns: arch, algorithm, dtype, head_dim, head_dim_v, keys. The first row that fits wins.
 inline constexpr std::array kSelectedAttnFwdTable{
-    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kBFloat16, 64,  64,
-                          128},
-    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kBFloat16, 128, 128,
-                          64 },
-    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kBFloat16, 128, 128,
-                          128},
-    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kBFloat16, 192, 128,
-                          64 },
-    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kBFloat16, 256, 256,
-                          64 },
-    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kFloat16,  64,  64,
-                          128},
-    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kFloat16,  128, 128,
-                          64 },
-    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kFloat16,  128, 128,
-                          128},
-    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kFloat16,  192, 128,
-                          64 },
-    SelectedAttnFwdConfig{Arch::kSm80, SelectedAlgorithm::kBlockMajor, DType::kFloat16,  256, 256,
-                          64 },
+    SelectedAttnFwdConfig{Arch::kSm90a, SelectedAlgorithm::kBlockMajorWgmma, DType::kBFloat16, 128,
+                          128,                                                                           64},
+    SelectedAttnFwdConfig{Arch::kSm90a, SelectedAlgorithm::kBlockMajorWgmma, DType::kFloat16,  128,
+                          128,                                                                           64},
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kBlockMajor,      DType::kBFloat16, 64,  64,
+                          128                                                                              },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kBlockMajor,      DType::kBFloat16, 128, 128,
+                          64                                                                               },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kBlockMajor,      DType::kBFloat16, 128, 128,
+                          128                                                                              },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kBlockMajor,      DType::kBFloat16, 192, 128,
+                          64                                                                               },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kBlockMajor,      DType::kBFloat16, 256, 256,
+                          64                                                                               },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kBlockMajor,      DType::kFloat16,  64,  64,
+                          128                                                                              },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kBlockMajor,      DType::kFloat16,  128, 128,
+                          64                                                                               },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kBlockMajor,      DType::kFloat16,  128, 128,
+                          128                                                                              },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kBlockMajor,      DType::kFloat16,  192, 128,
+                          64                                                                               },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kBlockMajor,      DType::kFloat16,  256, 256,
+                          64                                                                               },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kQueryMajor,      DType::kBFloat16, 128, 128,
+                          64                                                                               },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kQueryMajor,      DType::kBFloat16, 256, 256,
+                          64                                                                               },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kQueryMajor,      DType::kFloat16,  128, 128,
+                          64                                                                               },
+    SelectedAttnFwdConfig{Arch::kSm80,  SelectedAlgorithm::kQueryMajor,      DType::kFloat16,  256, 256,
+                          64                                                                               },
 };
 
 // Backward has one algorithm, block-major with mma.sync, on parts of 64 keys.
@@ -230,23 +242,36 @@ constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape) {
   return l;
 }
 
-// True when the row can compute the problem.
+// True when the row can compute the problem, whether or not it is the one to take.
 constexpr bool fits(const SelectedAttnFwdConfig& config, Arch arch, const Problem& p) {
   if (config.arch != Arch::kSm80 && config.arch != arch) return false;
   if (config.dtype != p.dtype || p.head_dim > config.head_dim || p.head_dim_v > config.head_dim_v) {
     return false;
   }
-  return selected_keys(p.head_dim, p.head_dim_v, p.block_size) <= config.keys;
+  if (config.algorithm == SelectedAlgorithm::kBlockMajorWgmma) {
+    return p.head_dim == config.head_dim && p.head_dim_v == config.head_dim_v &&
+           p.block_size == config.keys;
+  }
+  return config.algorithm == SelectedAlgorithm::kQueryMajor ||
+         selected_keys(p.head_dim, p.head_dim_v, p.block_size) <= config.keys;
 }
+
+// Short sequences of queries (decoding, speculation, small chunks) do not pay for index, partial rows
+// and merge. Does not depend on the architecture or on how many sequences there are.
+constexpr bool is_query_major(const Problem& p) { return p.max_q <= 64; }
 
 // Returns the row of kSelectedAttnFwdTable, or -1 when no kernel fits.
 constexpr int find_selected_attn_fwd_row(Arch arch, const Problem& problem) {
   for (int row = 0; row < static_cast<int>(kSelectedAttnFwdTable.size()); ++row) {
-    if (fits(kSelectedAttnFwdTable[static_cast<size_t>(row)], arch, problem)) return row;
+    const SelectedAttnFwdConfig& config = kSelectedAttnFwdTable[static_cast<size_t>(row)];
+    const bool is_wanted =
+        (config.algorithm == SelectedAlgorithm::kQueryMajor) == is_query_major(problem);
+    if (is_wanted && fits(config, arch, problem)) return row;
   }
   return -1;
 }
 
+// Returns the row of kSelectedAttnBwdTable, or -1 when no kernel fits.
 constexpr int find_selected_attn_bwd_row(const Problem& problem) {
   for (int row = 0; row < static_cast<int>(kSelectedAttnBwdTable.size()); ++row) {
     const SelectedAttnBwdConfig& config = kSelectedAttnBwdTable[static_cast<size_t>(row)];
@@ -259,6 +284,7 @@ constexpr int find_selected_attn_bwd_row(const Problem& problem) {
 }
 
 constexpr size_t selected_attn_fwd_workspace(const Problem& problem) {
+  if (is_query_major(problem)) return 0;
   return selected_fwd_layout(selected_shape(problem)).bytes;
 }
 

@@ -1,5 +1,6 @@
 // Times selected attention by CUDA events: median of 7 after 2 warm-ups, random data and selection.
-//     bench_selected fwd|bwd|index TOKENS Hq Hkv [sm90a] [block_size topk dim cap_mib]
+//     bench_selected PASS TOKENS Hq Hkv [block_size topk dim cap_mib]
+// PASS: bwd, index, or a forward algorithm: query, mma, wgmma; fwd is what the table takes on sm_90a.
 #include <cstring>
 #include <string>
 
@@ -29,16 +30,27 @@ double median_ms(const Launch& launch) {
   return double{times[times.size() / 2]};
 }
 
+// The first row of the algorithm that takes the problem; -1 when none does.
+int find_row(const std::string& pass, const Problem& problem) {
+  if (pass == "fwd") return find_selected_attn_fwd_row(Arch::kSm90a, problem);
+  const SelectedAlgorithm wanted = pass == "query" ? SelectedAlgorithm::kQueryMajor
+                                   : pass == "mma" ? SelectedAlgorithm::kBlockMajor
+                                                   : SelectedAlgorithm::kBlockMajorWgmma;
+  for (int row = 0; row < static_cast<int>(kSelectedAttnFwdTable.size()); ++row) {
+    const SelectedAttnFwdConfig& config = kSelectedAttnFwdTable[static_cast<size_t>(row)];
+    if (config.algorithm == wanted && fits(config, Arch::kSm90a, problem)) return row;
+  }
+  return -1;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc < 5) return 1;
   const std::string pass = argv[1];
-  const Arch arch = argc > 5 && std::strcmp(argv[5], "sm90a") == 0 ? Arch::kSm90a : Arch::kSm80;
   const auto option = [&](int i, int value) { return argc > i ? std::atoi(argv[i]) : value; };
-  Case c{"bench", {std::atoi(argv[2])}, {}, {}, std::atoi(argv[3]), std::atoi(argv[4]), option(8, 128), option(8, 128),
-         option(6, 64), option(7, 16), Pattern::kRandom, size_t(option(9, 1024)) << 20};
-  c.has_index = pass == "main";
+  Case c{"bench", {std::atoi(argv[2])}, {}, {}, std::atoi(argv[3]), std::atoi(argv[4]), option(7, 128), option(7, 128),
+         option(5, 64), option(6, 16), Pattern::kRandom, size_t(option(8, 1024)) << 20};
   SelectedProblem<__nv_bfloat16> x(c);
   double pairs = 0;  // query row times key block
   for (int64_t t = 0; t < x.total_q; ++t) pairs += double(std::min<int64_t>(c.topk, t / c.block_size + 1)) * c.heads_q;
@@ -51,20 +63,21 @@ int main(int argc, char** argv) {
   } else if (pass == "bwd") {
     bytes = selected_attn_bwd_workspace(problem);
     Buffer<char> scratch(static_cast<int64_t>(std::max(bytes, selected_attn_fwd_workspace(problem))));
-    launch_selected_attn_fwd(find_selected_attn_fwd_row(arch, problem), x.fwd_params(scratch), nullptr);
+    launch_selected_attn_fwd(find_row("fwd", problem), x.fwd_params(scratch), nullptr);
     const Strided<__nv_bfloat16> dq(x.total_q, c.heads_q, c.dim, 0, 0);
     const Strided<__nv_bfloat16> dk(x.total_k, c.heads_kv, c.dim, 0, 0), dv(x.total_k, c.heads_kv, c.dim, 0, 0);
     const SelectedAttnBwdParams params = x.bwd_params(dq, dk, dv, scratch);
     ms = median_ms([&] { launch_selected_attn_bwd(find_selected_attn_bwd_row(problem), params, nullptr); });
   } else {
-    const int row = find_selected_attn_fwd_row(arch, problem);
-    bytes = selected_attn_fwd_workspace(problem);
+    const int row = find_row(pass, problem);
+    if (row < 0) return 1;
+    bytes = pass == "query" ? 0 : selected_fwd_layout(selected_shape(problem)).bytes;
     Buffer<char> scratch(static_cast<int64_t>(bytes));
     const SelectedAttnFwdParams params = x.fwd_params(scratch);
     ms = median_ms([&] { launch_selected_attn_fwd(row, params, nullptr); });
   }
-  std::printf("%-5s %s T %7d H %2d/%2d D %3d S %3d K %3d cap %5d MiB ws %5.2f GiB: %8.3f ms  %6.1f ps/row-block %6.1f TFLOP/s\n", pass.c_str(),
-              arch == Arch::kSm90a ? "sm90a" : "sm80 ", int(x.total_q), c.heads_q, c.heads_kv, c.dim, c.block_size, c.topk,
+  std::printf("%-5s T %7d H %2d/%2d D %3d S %3d K %3d cap %5d MiB ws %5.2f GiB: %8.3f ms  %6.1f ps/row-block %6.1f TFLOP/s\n", pass.c_str(),
+              int(x.total_q), c.heads_q, c.heads_kv, c.dim, c.block_size, c.topk,
               int(c.cap >> 20), double(bytes) / (1 << 30), ms, ms * 1e9 / pairs, flop / ms * 1e-9);
   return 0;
 }

@@ -51,66 +51,98 @@ bool check_index(const SelectedProblem<Element>& x) {
   return true;
 }
 
-template <class Element>
-void check(const Case& c, Arch arch) {
-  SelectedProblem<Element> x(c);
-  const ForwardReference want(x);
-  const Problem problem = x.problem();
-  const int row = find_selected_attn_fwd_row(arch, problem);
-  if (row < 0) {
-    std::printf("FAIL no row   %s\n", c.name);
-    ++num_failed;
-    return;
+// What one kernel row makes of a problem.
+struct Outcome {
+  Difference o;
+  double lse = 0;   // largest error
+  int bad_lse = 0;  // -inf where it must not be, or the reverse
+  int outside = 0;  // values between the rows of o that were written
+  bool is_repeatable = true;
+
+  bool ok(double limit) const {
+    return o.ok(limit) && bad_lse == 0 && lse < 2e-5 && outside == 0 && is_repeatable;
   }
-  Buffer<char> scratch(static_cast<int64_t>(selected_attn_fwd_workspace(problem)));
+};
+
+template <class Element>
+void compare(const SelectedProblem<Element>& x, const ForwardReference& want, Outcome& result) {
+  const Case& c = x.c;
+  const std::vector<Element> o = x.o.buffer.download();
+  const std::vector<float> lse = x.lse.download();
+  result.o = compare_rows(x.samples() * c.heads_q, c.dim_v, want.o, [&](int64_t r, int64_t d) {
+    const int64_t t = r / c.heads_q * c.stride, h = r % c.heads_q;
+    return to_double(o[static_cast<size_t>(t * x.o.token_stride + h * x.o.head_stride + d)]);
+  });
+  for (int64_t r = 0; r < x.samples() * c.heads_q; ++r) {
+    const int64_t t = r / c.heads_q * c.stride, h = r % c.heads_q;
+    const double got = lse[static_cast<size_t>(h * x.total_q + t)], w = want.lse[static_cast<size_t>(r)];
+    if (std::isinf(w) || !std::isfinite(got)) {
+      result.bad_lse += !(std::isinf(w) && std::isinf(got) && got < 0);
+    } else {
+      result.lse = std::max(result.lse, std::abs(got - w) / std::max(1.0, std::abs(w)));
+    }
+  }
+  for (size_t i = 0; c.has_gaps && i < o.size(); ++i) {  // nothing is written between the rows
+    const int64_t in_token = static_cast<int64_t>(i) % x.o.token_stride;
+    const bool is_gap = in_token >= c.heads_q * x.o.head_stride || in_token % x.o.head_stride >= c.dim_v;
+    uint16_t bits;
+    std::memcpy(&bits, &o[i], 2);
+    result.outside += is_gap && bits != 0xffff;
+  }
+}
+
+template <class Element>
+Outcome run_row(const SelectedProblem<Element>& x, const ForwardReference& want, int row) {
+  const bool is_query_major =
+      kSelectedAttnFwdTable[static_cast<size_t>(row)].algorithm == SelectedAlgorithm::kQueryMajor;
+  const size_t bytes = is_query_major ? 0 : selected_fwd_layout(selected_shape(x.problem())).bytes;
+  Buffer<char> scratch(static_cast<int64_t>(bytes));
+  Outcome result;
   uint64_t prints[2];
-  Difference o_error, lse_error;
-  int outside = 0;
   for (int round = 0; round < 2; ++round) {
-    x.o.buffer.poison();
-    x.lse.poison();
+    CUDA_OK(cudaMemset(x.o.buffer.data, 0xff, x.o.buffer.bytes()));
+    CUDA_OK(cudaMemset(x.lse.data, 0xff, x.lse.bytes()));
     scratch.poison();
     launch_selected_attn_fwd(row, x.fwd_params(scratch), nullptr);
     CUDA_OK(cudaDeviceSynchronize());
+    if (round == 0) compare(x, want, result);
     const std::vector<Element> o = x.o.buffer.download();
     const std::vector<float> lse = x.lse.download();
     prints[round] = fingerprint(o.data(), x.o.buffer.bytes()) ^ fingerprint(lse.data(), x.lse.bytes()) * 3;
-    if (round > 0) continue;
-    o_error = compare_rows(x.samples() * c.heads_q, c.dim_v, want.o, [&](int64_t r, int64_t d) {
-      const int64_t t = r / c.heads_q * c.stride, h = r % c.heads_q;
-      return to_double(o[static_cast<size_t>(t * x.o.token_stride + h * x.o.head_stride + d)]);
-    });
-    for (int64_t r = 0; r < x.samples() * c.heads_q; ++r) {
-      const int64_t t = r / c.heads_q * c.stride, h = r % c.heads_q;
-      const double got = lse[static_cast<size_t>(h * x.total_q + t)], w = want.lse[static_cast<size_t>(r)];
-      if (std::isinf(w) || !std::isfinite(got)) {
-        lse_error.bad += !(std::isinf(w) && std::isinf(got) && got < 0);
-      } else {
-        lse_error.relative = std::max(lse_error.relative, std::abs(got - w) / std::max(1.0, std::abs(w)));
-      }
-    }
-    for (size_t i = 0; c.has_gaps && i < o.size(); ++i) {  // nothing is written between the rows
-      const int64_t in_token = static_cast<int64_t>(i) % x.o.token_stride;
-      const bool is_gap = in_token >= c.heads_q * x.o.head_stride || in_token % x.o.head_stride >= c.dim_v;
-      uint16_t bits;
-      std::memcpy(&bits, &o[i], 2);
-      outside += is_gap && bits != 0xffff;
-    }
   }
-  const double limit = kDTypeOf<Element> == DType::kBFloat16 ? 4e-3 : 6e-4;
-  bool index_ok = true;
-  if (c.has_index) index_ok = check_index(x);
-  const bool ok = o_error.ok(limit) && lse_error.bad == 0 && lse_error.relative < 2e-5 &&
-                  prints[0] == prints[1] && outside == 0 && index_ok;
-  num_failed += !ok;
-  const SelectedShape shape = selected_shape(problem);
-  std::printf("%s %s row %2d %-18s T %6d/%6d B %2d H %2d/%2d D %3d/%3d S %3d K %3d launches %3d  rel %.2e row %.1e lse %.1e bad %d+%d%s%s%s\n",
-              ok ? "ok  " : "FAIL", kDTypeOf<Element> == DType::kBFloat16 ? "bf16" : "fp16", row, c.name,
-              int(x.total_q), int(x.total_k), int(x.batch), c.heads_q, c.heads_kv, c.dim, c.dim_v, c.block_size,
-              c.topk, int(selected_fwd_layout(shape).split.num_launches), o_error.relative, o_error.worst_row,
-              lse_error.relative, o_error.bad, lse_error.bad, prints[0] == prints[1] ? "" : " DIFFERENT BITS",
-              outside ? " WROTE OUTSIDE" : "", index_ok ? "" : " WRONG INDEX");
-  std::fflush(stdout);
+  result.is_repeatable = prints[0] == prints[1];
+  return result;
+}
+
+// Every algorithm that takes the problem.
+template <class Element>
+void check(const Case& c, Arch arch) {
+  const SelectedProblem<Element> x(c);
+  const ForwardReference want(x);
+  const Problem problem = x.problem();
+  const char* const names[] = {"query-major", "block-major", "wgmma"};
+  bool has_run[3] = {};
+  const bool is_bf16 = kDTypeOf<Element> == DType::kBFloat16;
+  for (int row = 0; row < static_cast<int>(kSelectedAttnFwdTable.size()); ++row) {
+    const SelectedAttnFwdConfig& config = kSelectedAttnFwdTable[static_cast<size_t>(row)];
+    const auto algorithm = static_cast<size_t>(config.algorithm);
+    if (has_run[algorithm] || !fits(config, arch, problem)) continue;
+    has_run[algorithm] = true;
+    const Outcome r = run_row(x, want, row);
+    const bool index_ok = !c.has_index || check_index(x);
+    const bool ok = r.ok(is_bf16 ? 4e-3 : 6e-4) && index_ok;
+    num_failed += !ok;
+    std::printf("%s %s %-11s row %2d %-18s launches %3d  rel %.2e row %.1e lse %.1e bad %d+%d%s%s%s\n",
+                ok ? "ok  " : "FAIL", is_bf16 ? "bf16" : "fp16", names[algorithm], row, c.name,
+                int(selected_fwd_layout(selected_shape(problem)).split.num_launches), r.o.relative,
+                r.o.worst_row, r.lse, r.o.bad, r.bad_lse, r.is_repeatable ? "" : " DIFFERENT BITS",
+                r.outside ? " WROTE OUTSIDE" : "", index_ok ? "" : " WRONG INDEX");
+    std::fflush(stdout);
+  }
+  if (!has_run[0] || !has_run[1]) {
+    std::printf("FAIL no row for %s\n", c.name);
+    ++num_failed;
+  }
 }
 
 constexpr size_t kMiB = size_t{1} << 20;
@@ -149,6 +181,10 @@ const Case kCases[] = {
     {"logits x 100", {600}, {}, {}, 4, 2, 64, 64, 128, 4, kHostile, 1024 * kMiB, 100.f},
     {"random chunks", {4096}, {}, {}, 16, 4, 128, 128, 64, 16, kRandom, 64 * kMiB, 1.f, false, true, 3},
     {"tiny cap", {700}, {}, {}, 4, 2, 128, 128, 64, 16, kHostile, 1},
+    {"no keys", {10, 20}, {0, 0}, {}, 4, 2, 128, 128, 64, 4},
+    {"short tails", {70, 130, 190, 20, 5000}, {}, {}, 4, 2, 128, 128, 64, 8, kHostile, 1024 * kMiB, 1.f, true},
+    {"tiny items", {8200}, {}, {}, 3, 3, 128, 128, 64, 4, kHostile, 1024 * kMiB, 1.f, false, false, 7},
+    {"many items", {16384}, {}, {}, 8, 8, 128, 128, 64, 8, kRandom, 256 * kMiB, 1.f, false, false, 31},
     {"many slots", {100000}, {}, {}, 1, 1, 64, 64, 16, 4, kRandom, 32 * kMiB, 1.f, false, true, 61},
 };
 

@@ -1,4 +1,5 @@
-// Copies that copy_sm80.cuh lacks: with an L2 eviction priority and zero fill, and of 8 bytes.
+// Copies that copy_sm80.cuh lacks: with an L2 eviction priority and zero fill, and of 4 and
+// 8 bytes.
 #pragma once
 #include <cstdint>
 
@@ -10,6 +11,10 @@ __device__ __forceinline__ void cp_async_16_zero_fill(uint32_t dst, const void* 
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(dst),
                "l"(src), "r"(bytes), "l"(policy)
                : "memory");
+}
+
+__device__ __forceinline__ void cp_async_4(uint32_t dst, const void* src) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_8(uint32_t dst, const void* src) {

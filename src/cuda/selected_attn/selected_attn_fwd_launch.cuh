@@ -3,6 +3,8 @@
 #include "cuda/selected_attn/launch_common.cuh"
 #include "cuda/selected_attn/selected_attn.h"
 #include "cuda/selected_attn/selected_attn_fwd_block_major_sm80.cuh"
+#include "cuda/selected_attn/selected_attn_fwd_block_major_sm90.cuh"
+#include "cuda/selected_attn/selected_attn_fwd_query_major_sm80.cuh"
 #include "cuda/selected_attn/selected_attn_merge.cuh"
 
 namespace fsattn {
@@ -39,19 +41,47 @@ void launch_merge(const FwdArgs& a, cudaStream_t stream) {
   selected_attn_merge_kernel<Element, kLanes><<<grid, kMergeThreads, 0, stream>>>(a);
 }
 
+// The main kernel of a row: how many CTAs of it the device holds, and its launch.
 template <SelectedAttnFwdConfig kConfig>
-void launch_main(const FwdArgs& a, int num_ctas, cudaStream_t stream) {
+struct MainKernel {
   using T = FwdTraits<kConfig>;
-  const int bytes = T::smem_bytes(a.list.num_segments);
-  selected_attn_fwd_block_major_kernel<T><<<num_ctas, T::kThreads, bytes, stream>>>(a);
-}
+
+  static int num_ctas(const SelectedSplit& split) {
+    return resident_ctas(selected_attn_fwd_block_major_kernel<T>, T::kThreads,
+                         T::smem_bytes(static_cast<int>(split.segments_per_launch)));
+  }
+  explicit MainKernel(const SelectedAttnFwdParams&) {}
+  void launch(const FwdArgs& a, int num_ctas, cudaStream_t stream) const {
+    const int bytes = T::smem_bytes(a.list.num_segments);
+    selected_attn_fwd_block_major_kernel<T><<<num_ctas, T::kThreads, bytes, stream>>>(a);
+  }
+};
 
 template <SelectedAttnFwdConfig kConfig>
-int main_ctas(const SelectedSplit& split) {
-  using T = FwdTraits<kConfig>;
-  return resident_ctas(selected_attn_fwd_block_major_kernel<T>, T::kThreads,
-                       T::smem_bytes(static_cast<int>(split.segments_per_launch)));
-}
+requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) struct MainKernel<kConfig> {
+  using T = WgmmaTraits<kConfig>;
+
+  static int num_ctas(const SelectedSplit& split) {
+    return resident_ctas(selected_attn_fwd_block_major_wgmma_kernel<T>, T::kThreads,
+                         T::smem_bytes(static_cast<int>(split.segments_per_launch)));
+  }
+  explicit MainKernel(const SelectedAttnFwdParams& params)
+      : k_map(make_map(params, params.attn.k)), v_map(make_map(params, params.attn.v)) {}
+  static CUtensorMap make_map(const SelectedAttnFwdParams& params, Rows rows) {
+    // Without keys no box is ever read, but a map needs an address and a size.
+    const int64_t tokens = std::max<int64_t>(1, params.attn.packing.total_k);
+    if (params.attn.packing.total_k == 0) rows = {params.attn.q.data, T::kD, T::kD};
+    return device::make_rows_map(rows, kConfig.dtype, tokens, params.attn.shape.num_heads_kv, T::kD,
+                                 T::kKeys);
+  }
+  void launch(const FwdArgs& a, int num_ctas, cudaStream_t stream) const {
+    const int bytes = T::smem_bytes(a.list.num_segments);
+    selected_attn_fwd_block_major_wgmma_kernel<T>
+        <<<num_ctas, T::kThreads, bytes, stream>>>(a, k_map, v_map);
+  }
+
+  CUtensorMap k_map, v_map;
+};
 
 template <SelectedAttnFwdConfig kConfig>
 void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
@@ -72,7 +102,8 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
   int* counters = reinterpret_cast<int*>(scratch + layout.counters);
   const size_t counter_bytes = static_cast<size_t>(split.num_launches) * sizeof(int);
   FSATTN_CUDA_CHECK(cudaMemsetAsync(counters, 0, counter_bytes, cuda_stream));
-  const int num_ctas = main_ctas<kConfig>(split);
+  const MainKernel<kConfig> main_kernel(params);
+  const int num_ctas = main_kernel.num_ctas(split);
 
   for (int64_t launch = 0; launch < split.num_launches; ++launch) {
     const int64_t first = launch * split.segments_per_launch;
@@ -90,7 +121,7 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
         static_cast<int>(std::min(split.segments_per_launch, split.num_segments - first));
     const size_t lse_bytes = static_cast<size_t>(split.rows_per_launch(shape.group_size())) * 4;
     FSATTN_CUDA_CHECK(cudaMemsetAsync(a.partial_lse, 0xff, lse_bytes, cuda_stream));
-    launch_main<kConfig>(a, num_ctas, cuda_stream);
+    main_kernel.launch(a, num_ctas, cuda_stream);
     launch_merge<kConfig>(a, cuda_stream);
     FSATTN_CUDA_CHECK(cudaGetLastError());
   }
@@ -101,7 +132,11 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
 template <SelectedAttnFwdConfig kConfig>
 void launch_selected_attn_fwd(const SelectedAttnFwdParams& params, Stream stream) {
   if (params.attn.packing.total_q == 0) return;
-  selected::run_fwd_block_major<kConfig>(params, stream);
+  if constexpr (kConfig.algorithm == SelectedAlgorithm::kQueryMajor) {
+    selected::run_fwd_query_major<kConfig>(params, static_cast<cudaStream_t>(stream));
+  } else {
+    selected::run_fwd_block_major<kConfig>(params, stream);
+  }
 }
 
 }  // namespace fsattn

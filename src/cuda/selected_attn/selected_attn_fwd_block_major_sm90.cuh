@@ -1,0 +1,407 @@
+// selected_attn_fwd, block-major, sm_90a: wgmma, TMA and loader warps; head dims 128, blocks of 64.
+//
+// Math    as selected_attn_fwd_block_major_sm80.cuh.
+// Tiles   one persistent CTA an SM: three consumer warpgroups, each 64 query rows a tile, and a
+//         warpgroup of producers.
+// Roles   loader warp g gathers the query rows of consumer group g with 16-byte cp.async, three tiles
+//         deep, across item borders. The item warp walks the work items: K and V of item n (TMA, two
+//         buffers) and the CSR entries of item n + 1 (three buffers). Tiles are dealt out in turn over
+//         all items of the CTA: every third goes to the same group, into the next stage of its ring.
+// Memory  K, V 2 x 32 KiB, queries 3 groups x 3 stages x 64 x 272 B (153 KiB), entries 6 KiB. Query rows
+//         are padded to 272 B, so that ldmatrix needs no swizzle; the output takes their stage.
+// Regs    Q 32 + S 32, then P 16 + O 64. 16 warps x 128 are the whole register file.
+// Bound   per row and block 256 B read (L2), 260 B written (memory), 32.8 kFLOP. What limits is the
+//         consumers' chain of instructions: docs/kernels/selected_attn.md.
+#pragma once
+#include "cuda/device/barrier_sm90.cuh"
+#include "cuda/device/cache_hint_sm80.cuh"
+#include "cuda/device/copy_sm80.cuh"
+#include "cuda/device/mma_sm80.cuh"
+#include "cuda/device/tma_sm90.cuh"
+#include "cuda/device/wgmma_sm90.cuh"
+#include "cuda/selected_attn/selected_attn_fwd_args.cuh"
+
+namespace fsattn::selected {
+
+template <SelectedAttnFwdConfig kConfig>
+struct WgmmaTraits {
+  using Element = device::ElementOf<kConfig.dtype>;
+  static constexpr int kD = 128, kKeys = 64;
+  static_assert(kConfig.head_dim == kD && kConfig.head_dim_v == kD && kConfig.keys == kKeys);
+  static constexpr int kGroups = 3, kStages = 3, kLoaders = kGroups;
+  static constexpr int kWarps = kGroups * 4, kItemWarp = kWarps + kLoaders;
+  static constexpr int kThreads = (kItemWarp + 1) * kWarpSize;
+  static constexpr int kRows = 16, kTileRows = 64;  // query rows of a warp, of a warpgroup
+  static constexpr int kRowBytes = kD * 2, kPitch = kRowBytes + 16;
+  static constexpr int kStageBytes = kTileRows * kPitch;
+  static constexpr int kPanelBytes = kKeys * 128;  // 64 columns of K or V
+  static constexpr int kTileBytes = 2 * kPanelBytes;
+  static constexpr int kKvBuffers = 2, kEntryBuffers = 3, kMaxEntries = 512;
+  static constexpr int kRingOffset = kKvBuffers * 2 * kTileBytes;
+  static constexpr int kEntryOffset = kRingOffset + kGroups * kStages * kStageBytes;
+  static constexpr int kItemOffset = kEntryOffset + kEntryBuffers * kMaxEntries * 4;
+  static constexpr int kBarrierOffset = kItemOffset + kEntryBuffers * int{sizeof(Item)};
+  static constexpr int kBarriers = 2 * kKvBuffers + kEntryBuffers + 2 * kGroups * kStages;
+  static constexpr int kPrefixOffset = kBarrierOffset + kBarriers * 8;
+
+  static int smem_bytes(int num_segments) { return kPrefixOffset + (num_segments + 1) * 4; }
+};
+
+template <class T>
+struct WgmmaSmem {
+  unsigned char* memory;
+  uint32_t base;
+
+  __device__ uint32_t kv(int buffer) const { return base + buffer * 2 * T::kTileBytes; }
+  __device__ uint32_t stage(int group, int s) const {
+    return base + T::kRingOffset + (group * T::kStages + s) * T::kStageBytes;
+  }
+  __device__ int* entries(int buffer) const {
+    return reinterpret_cast<int*>(memory + T::kEntryOffset) + buffer * T::kMaxEntries;
+  }
+  __device__ Item* items() const { return reinterpret_cast<Item*>(memory + T::kItemOffset); }
+  __device__ int* prefix() const { return reinterpret_cast<int*>(memory + T::kPrefixOffset); }
+  __device__ uint32_t bar(int i) const { return base + T::kBarrierOffset + i * 8; }
+  __device__ uint32_t kv_full(int buffer) const { return bar(buffer); }
+  __device__ uint32_t kv_empty(int buffer) const { return bar(T::kKvBuffers + buffer); }
+  __device__ uint32_t item_full(int buffer) const { return bar(2 * T::kKvBuffers + buffer); }
+  __device__ uint32_t q_full(int group, int s) const {
+    return bar(2 * T::kKvBuffers + T::kEntryBuffers + group * T::kStages + s);
+  }
+  __device__ uint32_t q_empty(int group, int s) const { return q_full(group + T::kGroups, s); }
+};
+
+// A ring position: stage and the parity of its current round.
+template <class T>
+struct Ring {
+  int stage, parity;
+  __device__ explicit Ring(int use) : stage(use % T::kStages), parity(use / T::kStages & 1) {}
+};
+
+// ---- Item warp ----
+
+// Hands item n and its entries to everyone. Its buffer is free: item n - 3 was released by all before
+// K, V of item n - 1 could be loaded.
+template <class T>
+__device__ __forceinline__ void announce_item(const FwdArgs& a, const WgmmaSmem<T>& s,
+                                              const Item& item, int n, int lane) {
+  const int buffer = n % T::kEntryBuffers;
+  if (lane == 0) s.items()[buffer] = item;
+  const int head = (a.space.first_segment + item.segment) / a.space.num_ranges;
+  const int32_t* from = a.entries + head * a.entry_stride + item.first;
+  const uint32_t to = device::smem_address(s.entries(buffer));
+  for (int i = lane; i < item.count; i += kWarpSize) device::cp_async_4(to + i * 4, from + i);
+  device::cp_async_arrive(s.item_full(buffer));
+  if (lane == 0) device::mbarrier_arrive(s.item_full(buffer));
+}
+
+// A part with fewer than 64 keys: what follows them in memory may belong to another sequence, so its
+// rows are zeroed. The whole warp copies; the layout is that of the copy engine.
+template <class T>
+__device__ __forceinline__ void load_short_part(const FwdArgs& a, const WgmmaSmem<T>& s,
+                                                const Item& item, int head, int buffer, int lane) {
+  constexpr int kChunks = T::kD / 8;
+  const auto load = [&](const Rows& rows, uint32_t tile) {
+    const char* first = static_cast<const char*>(rows.data) +
+                        (item.key_row * rows.token_stride + head * rows.head_stride) * 2;
+    for (int c = lane; c < T::kKeys * kChunks; c += kWarpSize) {
+      const int row = c / kChunks, chunk = c % kChunks;
+      const bool is_inside = row < item.num_keys;
+      const uint32_t to = tile + chunk / 8 * T::kPanelBytes + row * 128 + ((chunk ^ row) & 7) * 16;
+      device::cp_async_16(to, first + (is_inside ? row * rows.token_stride * 2 + chunk * 16 : 0),
+                          is_inside);
+    }
+  };
+  load(a.k, s.kv(buffer));
+  load(a.v, s.kv(buffer) + T::kTileBytes);
+  device::cp_async_commit();
+  device::cp_async_wait<0>();
+  device::fence_async_proxy();
+  __syncwarp();
+  if (lane == 0) device::mbarrier_arrive(s.kv_full(buffer));
+}
+
+template <class T>
+__device__ __forceinline__ void produce_items(const FwdArgs& a, const CUtensorMap* k_map,
+                                              const CUtensorMap* v_map, const WgmmaSmem<T>& s,
+                                              int lane) {
+  const uint64_t policy = device::l2_evict_last();
+  const auto take_item = [&] {
+    int number = 0;
+    if (lane == 0) number = gridDim.x + atomicAdd(a.list.counter, 1);
+    return fetch_item(a.list, s.prefix(), __shfl_sync(kFullMask, number, 0));
+  };
+  Item item = fetch_item(a.list, s.prefix(), blockIdx.x), next = take_item();
+  announce_item<T>(a, s, item, 0, lane);
+  for (int n = 0; item.count > 0; ++n) {
+    const int buffer = n % T::kKvBuffers;
+    if (n >= T::kKvBuffers) device::mbarrier_wait(s.kv_empty(buffer), (n / T::kKvBuffers - 1) & 1);
+    const int head = (a.space.first_segment + item.segment) / a.space.num_ranges;
+    if (item.num_keys < T::kKeys) {
+      load_short_part<T>(a, s, item, head, buffer, lane);
+    } else if (lane == 0) {
+      const uint32_t full = s.kv_full(buffer);
+      device::mbarrier_arrive_expect(full, 2 * T::kTileBytes);
+      for (int panel = 0; panel < 2; ++panel) {
+        const uint32_t k_at = s.kv(buffer) + panel * T::kPanelBytes;
+        const int column = panel * device::kTmaColumns;
+        device::tma_load_3d(k_at, k_map, column, head, item.key_row, full, policy);
+        device::tma_load_3d(k_at + T::kTileBytes, v_map, column, head, item.key_row, full, policy);
+      }
+    }
+    announce_item<T>(a, s, next, n + 1, lane);
+    item = next;
+    if (next.count > 0) next = take_item();
+  }
+}
+
+// ---- Loader warps ----
+
+template <class T>
+__device__ __forceinline__ void load_queries(const FwdArgs& a, const WgmmaSmem<T>& s, int group,
+                                             int lane) {
+  constexpr int kRounds = T::kTileRows / kWarpSize;
+  const uint64_t policy = device::l2_evict_last();
+  const char* lane_source = static_cast<const char*>(a.q.data) + lane % 16 * 16;
+  const uint32_t lane_offset = lane / 16 * T::kPitch + lane % 16 * 16;
+  int first_tile = group, use = 0;
+  for (int n = 0;; ++n) {
+    const int buffer = n % T::kEntryBuffers;
+    device::mbarrier_wait(s.item_full(buffer), n / T::kEntryBuffers & 1);
+    const Item item = s.items()[buffer];
+    if (item.count == 0) break;
+    const int rows = item.count * a.space.group;
+    const int num_tiles = (rows + T::kTileRows - 1) / T::kTileRows;
+    const int head0 = (a.space.first_segment + item.segment) / a.space.num_ranges * a.space.group;
+    const int* entries = s.entries(buffer);
+    int tile = first_tile;
+    for (; tile < num_tiles; tile += T::kGroups, ++use) {
+      const Ring<T> ring(use);
+      uint32_t offset_of_lane[kRounds];  // of rows lane and lane + 32
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        const int r = tile * T::kTileRows + i * kWarpSize + lane;
+        offset_of_lane[i] = kNoRow;
+        if (r >= rows) continue;
+        const int e = a.space.group_div.quotient(r);
+        const int token = a.space.topk_div.quotient(entries[e]);
+        offset_of_lane[i] = row_offset16(a.q, token, head0 + a.space.group_div.remainder(r, e));
+      }
+      device::mbarrier_wait(s.q_empty(group, ring.stage), ring.parity ^ 1);  // at once in round 0
+      const uint32_t to = s.stage(group, ring.stage) + lane_offset;
+#pragma unroll
+      for (int i = 0; i < T::kTileRows / 2; ++i) {  // two rows a step, 16 lanes each
+        const uint32_t offset =
+            __shfl_sync(kFullMask, offset_of_lane[i / 16], 2 * i % kWarpSize + lane / 16);
+        if (offset == kNoRow) continue;
+        device::cp_async_16_hint(to + 2 * i * T::kPitch, lane_source + int64_t{offset} * 16,
+                                 policy);
+      }
+      device::cp_async_arrive(s.q_full(group, ring.stage));
+    }
+    first_tile = tile - num_tiles;
+    // A loader may be two items ahead of the consumers. K and V of item n land only after everyone
+    // released item n - 2, so this wait keeps the arrival for item n out of the barrier phase of
+    // item n - 2.
+    device::mbarrier_wait(s.kv_full(n % T::kKvBuffers), n / T::kKvBuffers & 1);
+    if (lane == 0) device::mbarrier_arrive(s.kv_empty(n % T::kKvBuffers));
+  }
+  device::cp_async_commit();
+  device::cp_async_wait<0>();
+}
+
+// ---- Consumer warps ----
+
+// S = Q K^T for the warpgroup's 64 rows; `here`: this warp's 16 rows. Returns with wgmma in flight.
+template <class T>
+__device__ __forceinline__ void start_scores(uint32_t here, uint32_t k_tile, int lane,
+                                             float (&acc)[32]) {
+  uint32_t q[8][4];
+#pragma unroll
+  for (int kk = 0; kk < 8; ++kk) {
+    device::ldmatrix_x4(q[kk], here + lane % 16 * T::kPitch + kk * 32 + lane / 16 * 16);
+  }
+  device::wgmma_fence();
+#pragma unroll
+  for (int kk = 0; kk < 8; ++kk) {
+    const uint32_t k_at = k_tile + kk / 4 * T::kPanelBytes + kk % 4 * 32;
+    device::wgmma_m64n64k16_k_major<typename T::Element>(
+        acc, q[kk], device::wgmma_descriptor(k_at, 16), kk > 0);
+  }
+  device::wgmma_commit();
+}
+
+// Keys behind a row's limit get -inf. Element i belongs to row half i / 2 % 2.
+__device__ __forceinline__ void mask_scores(float (&acc)[32], int limit_of_lane, int lane) {
+  const int limit0 = __shfl_sync(kFullMask, limit_of_lane, lane / 4);
+  const int limit1 = __shfl_sync(kFullMask, limit_of_lane, 8 + lane / 4);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    if (i / 4 * 8 + lane % 4 * 2 + i % 2 > (i / 2 % 2 ? limit1 : limit0)) acc[i] = -INFINITY;
+  }
+}
+
+// Scores -> probabilities as A operands; returns maximum and this lane's sum of both rows.
+template <class T>
+__device__ __forceinline__ void softmax(const float (&acc)[32], float scale_log2, float (&top)[2],
+                                        float (&sum)[2], uint32_t (&prob)[4][4]) {
+  top[0] = top[1] = -INFINITY;
+  sum[0] = sum[1] = 0.f;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], acc[i]);
+  top[0] = device::quad_max(top[0]) * scale_log2;
+  top[1] = device::quad_max(top[1]) * scale_log2;
+#pragma unroll
+  for (int i = 0; i < 32; i += 2) {
+    const int half = i / 2 % 2;
+    const float p0 = device::exp2_approx(fmaf(acc[i], scale_log2, -top[half]));
+    const float p1 = device::exp2_approx(fmaf(acc[i + 1], scale_log2, -top[half]));
+    sum[half] += p0 + p1;
+    prob[i / 8][i / 2 % 4] = device::pack_pair<typename T::Element>(p0, p1);
+  }
+}
+
+// Normalised rows through the stage of the queries to the partial rows; frees the stage.
+template <class T>
+__device__ __forceinline__ void write_tile(const FwdArgs& a, uint32_t here, uint32_t empty_bar,
+                                           const float (&o)[64], float scale0, float scale1,
+                                           int out_row, int lane) {
+  using Element = typename T::Element;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {  // 16 columns: two 8 x 8 column groups x two row halves
+    const float* x = o + j * 8;
+    device::stmatrix_x4(here + lane % 16 * T::kPitch + j * 32 + lane / 16 * 16,
+                        device::pack_pair<Element>(x[0] * scale0, x[1] * scale0),
+                        device::pack_pair<Element>(x[2] * scale1, x[3] * scale1),
+                        device::pack_pair<Element>(x[4] * scale0, x[5] * scale0),
+                        device::pack_pair<Element>(x[6] * scale1, x[7] * scale1));
+  }
+  __syncwarp();
+  uint4 chunk[T::kRows / 2];
+#pragma unroll
+  for (int i = 0; i < T::kRows / 2; ++i) {
+    chunk[i] = device::load_shared_u128(here + (2 * i + lane / 16) * T::kPitch + lane % 16 * 16);
+  }
+  __syncwarp();
+  if (lane == 0) device::mbarrier_arrive(empty_bar);
+  const uint64_t policy = device::l2_evict_first();
+  char* partial = static_cast<char*>(a.partial) + lane % 16 * 16;
+#pragma unroll
+  for (int i = 0; i < T::kRows / 2; ++i) {
+    const int to = __shfl_sync(kFullMask, out_row, 2 * i + lane / 16);
+    if (to >= 0)
+      device::store_global_u128_hint(partial + int64_t{to} * T::kRowBytes, chunk[i], policy);
+  }
+}
+
+// One warp of a consumer group: 16 rows of one tile.
+template <class T>
+__device__ __forceinline__ void consume_tile(const FwdArgs& a, const WgmmaSmem<T>& s,
+                                             const Item& item, const ItemRows& at,
+                                             const int* entries, int tile, uint32_t kv, int group,
+                                             int use, int row0, int lane) {
+  const Ring<T> ring(use);
+  const uint32_t here = s.stage(group, ring.stage) + row0 * T::kPitch;
+  device::mbarrier_wait(s.q_full(group, ring.stage), ring.parity);
+  float acc[32];
+  start_scores<T>(here, kv, lane, acc);
+  // Meanwhile: where the rows go (lane r owns row r), and how far they see.
+  const int row = tile * T::kTileRows + row0 + lane;
+  int out_row = -1, limit = item.num_keys - 1;
+  if (lane < T::kRows && row < at.num_rows) {
+    const int e = a.space.group_div.quotient(row), entry = entries[e];
+    const int token = a.space.topk_div.quotient(entry);
+    out_row = at.partial_row(a.space, token, a.space.topk_div.remainder(entry, token),
+                             a.space.group_div.remainder(row, e));
+    limit = min(token - item.diag_token, limit);
+  }
+  const bool is_masked = __any_sync(kFullMask, limit < T::kKeys - 1);
+  device::wgmma_wait();
+  if (is_masked) mask_scores(acc, limit, lane);
+  float top[2], sum[2];
+  uint32_t prob[4][4];
+  softmax<T>(acc, a.scale_log2, top, sum, prob);
+  float o[64];
+  device::wgmma_fence();
+#pragma unroll
+  for (int kk = 0; kk < 4; ++kk) {
+    device::wgmma_m64n128k16_mn_major<typename T::Element>(
+        o, prob[kk], device::wgmma_descriptor(kv + T::kTileBytes + kk * 2048, T::kPanelBytes),
+        kk > 0);
+  }
+  device::wgmma_commit();
+  const float total0 = device::quad_sum(sum[0]), total1 = device::quad_sum(sum[1]);
+  const float lse0 = top[0] + device::log2_approx(total0);
+  const float lse1 = top[1] + device::log2_approx(total1);
+  const float lane_lse0 = __shfl_sync(kFullMask, lse0, lane % 8 * 4);
+  const float lane_lse1 = __shfl_sync(kFullMask, lse1, lane % 8 * 4);
+  if (out_row >= 0) __stcs(a.partial_lse + out_row, lane < 8 ? lane_lse0 : lane_lse1);
+  device::wgmma_wait();
+  write_tile<T>(a, here, s.q_empty(group, ring.stage), o, __fdividef(1.f, total0),
+                __fdividef(1.f, total1), out_row, lane);
+}
+
+template <class T>
+__device__ __forceinline__ void consume(const FwdArgs& a, const WgmmaSmem<T>& s, int warp,
+                                        int lane) {
+  const int group = warp / 4, row0 = warp % 4 * T::kRows;
+  int first_tile = group, use = 0;
+  for (int n = 0;; ++n) {
+    const int entry_buffer = n % T::kEntryBuffers, kv_buffer = n % T::kKvBuffers;
+    device::mbarrier_wait(s.item_full(entry_buffer), n / T::kEntryBuffers & 1);
+    const Item item = s.items()[entry_buffer];
+    if (item.count == 0) break;
+    const ItemRows at(a.space, item);
+    const int num_tiles = (at.num_rows + T::kTileRows - 1) / T::kTileRows;
+    device::mbarrier_wait(s.kv_full(kv_buffer), n / T::kKvBuffers & 1);
+    int tile = first_tile;
+    for (; tile < num_tiles; tile += T::kGroups, ++use) {
+      consume_tile<T>(a, s, item, at, s.entries(entry_buffer), tile, s.kv(kv_buffer), group, use,
+                      row0, lane);
+    }
+    first_tile = tile - num_tiles;
+    if (lane == 0) device::mbarrier_arrive(s.kv_empty(kv_buffer));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void init_barriers(const WgmmaSmem<T>& s) {
+  for (int i = 0; i < T::kKvBuffers; ++i) {
+    device::mbarrier_init(s.kv_full(i), 1);
+    device::mbarrier_init(s.kv_empty(i), T::kWarps + T::kLoaders);
+  }
+  // The lanes' copies, and lane 0 for the item itself.
+  for (int i = 0; i < T::kEntryBuffers; ++i) device::mbarrier_init(s.item_full(i), kWarpSize + 1);
+  for (int g = 0; g < T::kGroups; ++g) {
+    for (int i = 0; i < T::kStages; ++i) {
+      device::mbarrier_init(s.q_full(g, i), kWarpSize);
+      device::mbarrier_init(s.q_empty(g, i), 4);
+    }
+  }
+  device::mbarrier_init_fence();
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1)
+    selected_attn_fwd_block_major_wgmma_kernel(const __grid_constant__ FwdArgs a,
+                                               const __grid_constant__ CUtensorMap k_map,
+                                               const __grid_constant__ CUtensorMap v_map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) unsigned char smem[];
+  const WgmmaSmem<T> s{smem, device::smem_address(smem)};
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  if (threadIdx.x == 0) init_barriers<T>(s);
+  __syncthreads();
+  if (warp < T::kWarps) {
+    consume<T>(a, s, warp, lane);
+  } else if (warp < T::kItemWarp) {
+    load_queries<T>(a, s, warp - T::kWarps, lane);
+  } else {
+    load_item_prefix(a.list, s.prefix(), lane);
+    __syncwarp();
+    produce_items<T>(a, &k_map, &v_map, s, lane);
+  }
+#endif
+}
+
+}  // namespace fsattn::selected
