@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from support import randn
+from support import DEVICES, randn
 
 import fsattn
 
@@ -247,6 +247,34 @@ def test_bad_call(row):
 
 def test_the_table_is_long_enough():
     assert len(BAD) >= 60
+
+
+@pytest.mark.parametrize("device", [DEVICES[1]])
+@pytest.mark.parametrize("argument", ["k", "v", "topk_idx", "cu_seqlens_q", "cu_seqlens_k"])
+def test_mixed_devices(argument, device):
+    """One argument left on the CPU."""
+    arguments = _valid(SEL)
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and name != argument:
+            value = value.to(device)
+            arguments[name] = value.bfloat16() if value.is_floating_point() else value
+    if arguments[argument].is_floating_point():
+        arguments[argument] = arguments[argument].bfloat16()
+    with pytest.raises(TypeError, match=rf"{argument}.*cpu"):
+        fsattn.selected_attention(**arguments)
+
+
+@pytest.mark.parametrize("device", [DEVICES[1]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuda_serves_16_bit_only(dtype, device):
+    arguments = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in _valid(WIN).items()
+    }
+    for name in ("q", "k", "v"):
+        arguments[name] = arguments[name].to(dtype)
+    with pytest.raises((TypeError, NotImplementedError), match=r"q.*(float|fp)(32|64)"):
+        fsattn.window_attention(**arguments)
 
 
 def test_unknown_keyword():

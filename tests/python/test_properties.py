@@ -28,8 +28,8 @@ COMMON = {
     "database": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
-few = settings(max_examples=60, **COMMON)
-some = settings(max_examples=200, **COMMON)
+few = settings(max_examples=40, **COMMON)
+some = settings(max_examples=120, **COMMON)
 
 LENGTHS = st.sampled_from([0, 1, 2, 3, 6, 7, 11, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 90])
 DIMS = st.sampled_from([8, 16, 24, 32, 40, 64, 72, 128, 192, 256])
