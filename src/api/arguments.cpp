@@ -78,16 +78,25 @@ void check_cuda_rows(const char* name, const TensorView& view) {
   }
 }
 
+// Dimensions with more than one element, the smallest stride first.
+int sort_by_stride(const TensorView& view, std::array<int, kMaxDims>& dims) {
+  int count = 0;
+  for (int dim = 0; dim < view.ndim; ++dim) {
+    if (view.shape[idx(dim)] < 2) continue;
+    int at = count++;
+    for (; at > 0 && view.stride[idx(dims[idx(at - 1)])] > view.stride[idx(dim)]; --at) {
+      dims[idx(at)] = dims[idx(at - 1)];
+    }
+    dims[idx(at)] = dim;
+  }
+  return count;
+}
+
 // No two elements share memory: sorted by stride, each dimension steps over all those within it.
 void check_distinct_elements(const char* name, const TensorView& view) {
   if (view.numel() == 0) return;
   std::array<int, kMaxDims> dims{};
-  int count = 0;
-  for (int dim = 0; dim < view.ndim; ++dim) {
-    if (view.shape[idx(dim)] > 1) dims[idx(count++)] = dim;
-  }
-  std::sort(dims.begin(), dims.begin() + count,
-            [&](int a, int b) { return view.stride[idx(a)] < view.stride[idx(b)]; });
+  const int count = sort_by_stride(view, dims);
   int64_t extent = 1;
   for (int i = 0; i < count; ++i) {
     const int dim = dims[idx(i)];

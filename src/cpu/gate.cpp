@@ -76,7 +76,7 @@ void run_bwd(const GateBwdParams& p, const RowKernels<T>& kernels) {
   using Acc = Compute<T>;
   const bool per_head = p.dgates.head_stride != 0;
   for_each_token(p.shape.total, [&](int64_t token) {
-    Acc gates[kBranches];
+    Acc gates[kBranches] = {};
     Acc sums[kBranches] = {};
     for (int64_t head = 0; head < p.shape.num_heads; ++head) {
       if (head == 0 || per_head) load_gates<T>(p.gates, p.shape.activation, token, head, gates);
