@@ -26,7 +26,9 @@ struct GateBwdParams {
   Rows o_cmp, o_sel, o_win;
   Rows gates;
   Rows do_cmp, do_sel, do_win;
-  Rows dgates;  // strides as gates: per token, the sum over heads is written
+  // Per token (head_stride 0), the sum over heads is written. Gates per head may be broadcast, so that
+  // only the stride of dgates tells which of the two it is.
+  Rows dgates;
 };
 
 }  // namespace fsattn

@@ -269,6 +269,22 @@ TEST(gate_gradients) {
   expect_close("dgates", call.dgates, dgates);
 }
 
+// Gates per head that are one row broadcast: each head still gets a gradient of its own.
+TEST(gate_gradients_of_broadcast_gates) {
+  Calls calls(DType::kFloat64);
+  auto broadcast = calls.gate_bwd();
+  broadcast.gates.stride[1] = 0;
+  auto full = broadcast;
+  full.gates = like(calls, broadcast.gates);
+  for_each(full.gates, [&](int64_t t, int64_t h, int64_t i) {
+    set(full.gates, get(broadcast.gates, t, h, i), t, h, i);
+  });
+  full.dgates = like(calls, broadcast.dgates);
+  run_call(calls, broadcast);
+  run_call(calls, full);
+  expect_close("dgates", broadcast.dgates, full.dgates);
+}
+
 GateFwd gate_of(const NativeSparseAttentionFwd& call, const TensorView& o) {
   return {call.o_cmp, call.o_sel, call.o_win, call.gates, call.activation, o};
 }

@@ -141,7 +141,8 @@ template <GateConfig kConfig>
 void launch_gate_bwd(const GateBwdParams& params, Stream stream) {
   using Element = device::ElementOf<kConfig.dtype>;
   const GateShape& shape = params.shape;
-  const bool is_per_token = params.gates.head_stride == 0;
+  // Gates per head may be broadcast over them; their gradient never is.
+  const bool is_per_token = params.dgates.head_stride == 0;
   const int64_t heads_a_unit = is_per_token ? shape.num_heads : 1;
   const int64_t num_units = shape.total * (shape.num_heads / heads_a_unit);
   if (num_units == 0) return;
