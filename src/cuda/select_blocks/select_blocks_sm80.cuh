@@ -93,8 +93,6 @@ __device__ SelectWork find_select_work(const SelectBlocksParams& p, const Band& 
   const RowRange queries =
       rows_of(p.packing.cu_q, batch, tile.seq, static_cast<int>(p.packing.total_q));
   const RowRange keys = rows_of(p.mask.cu_cmp, batch, tile.seq, static_cast<int>(p.mask.total_cmp));
-  const RowRange tokens =
-      rows_of(p.packing.cu_k, batch, tile.seq, static_cast<int>(p.packing.total_k));
   const bool is_sequence = tile.seq < batch;
   SelectWork work;
   work.kv_head = blockIdx.x % num_heads;
@@ -104,7 +102,10 @@ __device__ SelectWork find_select_work(const SelectBlocksParams& p, const Band& 
   work.position = query_offset(p.packing, tile.seq, queries.count) + tile.first;
   work.first_row = keys.begin;
   work.num_keys = is_sequence ? keys.count : 0;
-  work.num_blocks = is_sequence ? ceil_div(tokens.count, static_cast<int>(p.block_size)) : 0;
+  // In tokens, of which this operator has no tensor: total_k is not known here.
+  const int seqlen_k =
+      is_sequence ? __ldg(p.packing.cu_k + tile.seq + 1) - __ldg(p.packing.cu_k + tile.seq) : 0;
+  work.num_blocks = ceil_div(max(seqlen_k, 0), static_cast<int>(p.block_size));
   work.last_key = min(band.last_key(work.position + work.num_queries - 1), work.num_keys - 1);
   work.full_last = min(band.last_key(work.position), work.num_keys - 1);
   return work;
