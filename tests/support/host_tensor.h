@@ -1,8 +1,8 @@
 // CPU tensors for tests: fp64, fp32, bf16, fp16 and int32 in buffers that an Arena owns.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <deque>
 #include <functional>
 #include <random>
@@ -76,7 +76,7 @@ inline void fill_random(const TensorView& view, unsigned seed) {
 
 inline TensorView index_tensor(Arena& arena, const std::vector<int32_t>& values) {
   const TensorView view = arena.make(DType::kInt32, static_cast<int64_t>(values.size()));
-  std::memcpy(view.data, values.data(), values.size() * sizeof(int32_t));
+  std::copy(values.begin(), values.end(), static_cast<int32_t*>(view.data));
   return view;
 }
 
