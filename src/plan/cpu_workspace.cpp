@@ -47,11 +47,11 @@ size_t bwd_thread_bytes(const CpuAttnDims& dims) {
 
 size_t select_thread_bytes(const CpuAttnDims& dims, int64_t num_tile_queries) {
   const size_t real = dims.real_bytes;
-  return cpu_buffer_bytes(kCpuTileRows * row_pitch(dims.head_dim), real) +    // q
-         cpu_buffer_bytes(kCpuTileRows * kCpuTileKeys, real) +                // scores
-         cpu_buffer_bytes(num_tile_queries * kCpuTileKeys, real) +            // group scores
-         cpu_buffer_bytes(kCpuTileRows, real) +                               // lse
-         cpu_buffer_bytes(num_tile_queries * dims.num_blocks, real) +         // block scores
+  return cpu_buffer_bytes(kCpuTileRows * row_pitch(dims.head_dim), real) +         // q
+         cpu_buffer_bytes(kCpuTileRows * kCpuTileKeys, real) +                     // scores
+         cpu_buffer_bytes(num_tile_queries * kCpuTileKeys, real) +                 // group scores
+         cpu_buffer_bytes(kCpuTileRows, real) +                                    // lse
+         cpu_buffer_bytes(num_tile_queries * dims.num_blocks, real) +              // block scores
          cpu_buffer_bytes(dims.topk, real) + cpu_buffer_bytes(dims.topk, kInt32);  // the best
 }
 
@@ -91,8 +91,11 @@ CpuAttnDims attn_dims(const Problem& problem) {
 }
 
 size_t compress_kv_bytes(const Problem& problem) {
-  const CpuCompressKvSizes sizes{problem.dtype, problem.compress_kind, problem.num_heads_kv,
-                                 problem.head_dim, problem.total_k / problem.kernel_stride,
+  const CpuCompressKvSizes sizes{problem.dtype,
+                                 problem.compress_kind,
+                                 problem.num_heads_kv,
+                                 problem.head_dim,
+                                 problem.total_k / problem.kernel_stride,
                                  problem.kernel_size};
   return cpu_compress_kv_scratch(problem.pass, sizes).bytes;
 }
@@ -113,8 +116,8 @@ CpuAttnLayout make_cpu_attn_layout(const CpuAttnDims& dims) {
   layout.heads_in_flight =
       std::clamp<int64_t>(affordable, 1, std::max<int64_t>(dims.num_heads_kv, 1));
   layout.tables = 3 * cpu_buffer_bytes(dims.batch + 1, kInt64);
-  layout.panels = cpu_buffer_bytes(
-      layout.heads_in_flight * layout.max_panels * layout.panel_size, dims.real_bytes);
+  layout.panels = cpu_buffer_bytes(layout.heads_in_flight * layout.max_panels * layout.panel_size,
+                                   dims.real_bytes);
   if (dims.pass == Pass::kBwd) {
     layout.delta = cpu_buffer_bytes(dims.num_heads_q * dims.total_q, dims.real_bytes);
   }
@@ -144,8 +147,8 @@ size_t cpu_workspace_bytes(const Problem& problem, int num_threads) {
       bytes = compress_kv_bytes(problem);
       break;
     case Op::kBlockIndex:
-      bytes = cpu_index_counts_bytes(problem.num_heads_kv, problem.total_q,
-                                     problem.num_block_slots());
+      bytes =
+          cpu_index_counts_bytes(problem.num_heads_kv, problem.total_q, problem.num_block_slots());
       break;
     case Op::kGate:
       break;

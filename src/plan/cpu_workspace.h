@@ -24,7 +24,7 @@ namespace fsattn {
 
 constexpr int64_t kCpuTileKeys = 64;  // keys in a tile, the width of a panel
 constexpr int64_t kCpuTileRows = 64;  // queries times heads of the group in a tile
-constexpr int64_t kCpuPitch = 16;     // row pitches are multiples of the longest vector (fp32 AVX-512)
+constexpr int64_t kCpuPitch = 16;  // row pitches are multiples of the longest vector (fp32 AVX-512)
 // Queries of a tile whose keys are their own. More would share few blocks and lengthen the merge.
 constexpr int64_t kCpuSelectedTileQueries = 16;
 // A sequence with fewer query tiles converts its keys tile by tile: packing a whole cache for one
