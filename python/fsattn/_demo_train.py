@@ -20,7 +20,7 @@ from ._demo_model import LanguageModel
 class Schedule:
     """How long and how fast to train. Both models get the same."""
 
-    steps: int = 240
+    steps: int = 220
     batch: int = 1
     learning_rate: float = 3e-3
     warmup: int = 20

@@ -109,15 +109,33 @@ def save_pictures(
     _demo_plots.plot_selections(folder / "selection.png", selections, sparse.shape)
 
 
-def let_write(model: LanguageModel, text: Text, count: int, seed: int) -> tuple[bytes, bytes]:
-    """(prompt, continuation); the prompt has more blocks than a query can choose."""
-    length = int(PROMPT_BLOCKS * model.shape.topk) * model.shape.block_size
-    prompt = bytes(text.held_out_batches(3, 1, length)[1][0, :-1].tolist())
-    return prompt, _demo_train.sample(model, prompt, count, seed)
-
-
 def indented(text: bytes) -> str:
     return textwrap.indent(text.decode("utf-8", "replace"), "    ", lambda line: True)
+
+
+def show_writing(path: Path, model: LanguageModel, text: Text, count: int, seed: int) -> None:
+    """Prints and saves how the model continues a text with more blocks than a query can choose."""
+    length = int(PROMPT_BLOCKS * model.shape.topk) * model.shape.block_size
+    prompt = bytes(text.held_out_batches(3, 1, length)[1][0, :-1].tolist())
+    written = _demo_train.sample(model, prompt, count, seed)
+    path.write_bytes(prompt + written)
+    print(f"\nfrom {len(prompt)} bytes of held-out text, which end in\n")
+    print(indented(b"\n".join(prompt.split(b"\n")[-4:])))
+    print("\nthe sparse model continues, byte by byte,\n")
+    print(indented(written))
+
+
+def introduce(
+    text: Text, subtitle: str, device: torch.device, sparse: LanguageModel, dense: LanguageModel
+) -> None:
+    """Says what is compared before the long wait."""
+    print(f"{text.name}: {len(text.train):,} bytes to learn from, {len(text.held_out):,} held out")
+    print(f"{subtitle}, on {device.type} with {torch.get_num_threads()} CPU threads")
+    counts = [sum(p.numel() for p in model.parameters()) for model in (sparse, dense)]
+    print(
+        f"parameters: sparse {counts[0]:,} (compression and gates included), dense {counts[1]:,}",
+        flush=True,
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -140,23 +158,16 @@ def main(argv: list[str]) -> int:
         f"{shape.layers} layers, {shape.num_q_heads}/{shape.num_kv_heads} heads of "
         f"{shape.head_dim}, {schedule.batch} x {shape.length} bytes a step"
     )
-    print(f"{text.name}: {len(text.train):,} bytes to learn from, {len(text.held_out):,} held out")
-    print(
-        f"{subtitle}, on {device.type} with {torch.get_num_threads()} CPU threads",
-        flush=True,
-    )
+    introduce(text, subtitle, device, sparse, dense)
     results = train_both({"dense": dense, "sparse": sparse}, text, schedule, options.seed)
     passed = report(results)
 
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "result.json").write_text(json.dumps(results))
     save_pictures(options.out, results, sparse, text, subtitle)
-    prompt, written = let_write(sparse, text, 32 if options.quick else 200, options.seed)
-    (options.out / "sample.txt").write_bytes(prompt + written)
-    print(f"\nfrom {len(prompt)} bytes of held-out text, which end in\n")
-    print(indented(b"\n".join(prompt.split(b"\n")[-4:])))
-    print("\nthe sparse model continues, byte by byte,\n")
-    print(indented(written))
+    show_writing(
+        options.out / "sample.txt", sparse, text, 32 if options.quick else 200, options.seed
+    )
     names = ", ".join(sorted(path.name for path in options.out.iterdir()))
     print(f"\n{options.out}: {names}")
     return 0 if passed else 1
