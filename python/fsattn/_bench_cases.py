@@ -80,7 +80,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """One implementation of one operator. forward() returns what `inputs` have gradients through."""
+    """One implementation of one operator; `inputs` get gradients through what forward() returns."""
 
     operator: str
     implementation: str

@@ -54,7 +54,8 @@ def table(records: list[dict]) -> str:
         rows.append((
             r["config"], str(r["tokens"]), r["operator"], r["pass"], r["implementation"],
             r["selection"] or "-", _number(r["ms"]) if r["error"] is None else r["error"][:40],
-            _number(r["ms_cpu"]), _number(r["gflops"] or None), "-" if share is None else f"{_number(share)} %",
+            _number(r["ms_cpu"]), _number(r["gflops"] or None),
+            "-" if share is None else f"{_number(share)} %",
             _number(r["peak_extra_bytes"], _MIB), _number(r["workspace_bytes"], _MIB),
             "-" if speedup is None else f"{_number(speedup)} x",
         ))  # fmt: skip
