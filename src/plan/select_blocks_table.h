@@ -42,7 +42,7 @@ inline constexpr int kSelectScorePitch =
 // Shared memory of a CTA; offsets in bytes. The scores of a step take the place of the queries, unless
 // these stay.
 struct SelectBlocksSmem {
-  int k, q, score, halo, list, buffer, threshold, count, bytes;
+  int k, q, score, halo, list, buffer, threshold, state, bytes;
 };
 
 constexpr SelectBlocksSmem select_blocks_smem(const SelectBlocksConfig& config, int halo,
@@ -57,8 +57,8 @@ constexpr SelectBlocksSmem select_blocks_smem(const SelectBlocksConfig& config, 
   s.list = s.halo + kSelectTileQ * round_up(halo, 2) * 4;
   s.buffer = s.list + kSelectTileQ * round_up(topk, 32) * 8;
   s.threshold = s.buffer + kSelectTileQ * kSelectBuffer * 8;
-  s.count = s.threshold + kSelectTileQ * 8;
-  s.bytes = s.count + kSelectTileQ * 4;
+  s.state = s.threshold + kSelectTileQ * 8;
+  s.bytes = s.state + kSelectTileQ * 16;
   return s;
 }
 

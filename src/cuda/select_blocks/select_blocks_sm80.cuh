@@ -154,53 +154,68 @@ __device__ __forceinline__ void store_probabilities(float* score, const float (&
   }
 }
 
-// Score of the block whose first window of a step is `per_block * block`; windows before the step are
-// in `halo`, the last overlap - 1 of them.
+// Score of block `block` of a step; windows before the step are in `halo`, the last overlap - 1 of
+// them. The usual geometry, two windows over a token and four in a block, has weights 1, 2, 2, 2, 1.
+template <bool kIsUsual>
 __device__ __forceinline__ float block_score(const SelectGeometry& g, const float* score,
                                              const float* halo, int block) {
-  const int first = g.per_block * block - (g.overlap - 1);
-  const int most = min(g.overlap, g.per_block);
-  const int count = g.overlap + g.per_block - 1;
   float sum = 0.f;
-
-  for (int o = 0; o < count; ++o) {
-    const int c = first + o;
-    const float p = c < 0 ? halo[c + g.overlap - 1] : score[score_column(g.log_per_block, c)];
-    const int weight = min(min(o + 1, count - o), most);
-    sum = fmaf(static_cast<float>(weight), p, sum);
+  if constexpr (kIsUsual) {
+    constexpr int kBlocks = kSelectTileKv / 4;
+    const float before = block == 0 ? halo[0] : score[3 * kBlocks + block - 1];
+    const float* p = score + block;
+    sum = before + 2.f * p[0];
+    sum = fmaf(2.f, p[kBlocks], sum);
+    sum = fmaf(2.f, p[2 * kBlocks], sum);
+    sum += p[3 * kBlocks];
+  } else {
+    const int first = g.per_block * block - (g.overlap - 1);
+    const int most = min(g.overlap, g.per_block);
+    const int count = g.overlap + g.per_block - 1;
+    for (int o = 0; o < count; ++o) {
+      const int c = first + o;
+      const float p = c < 0 ? halo[c + g.overlap - 1] : score[score_column(g.log_per_block, c)];
+      const int weight = min(min(o + 1, count - o), most);
+      sum = fmaf(static_cast<float>(weight), p, sum);
+    }
   }
   return g.rounds_to_bf16 ? __bfloat162float(__float2bfloat16_rn(sum)) : sum;
 }
 
-// Memory of one query while its blocks are ranked.
+// What is kept of one query while its blocks are ranked.
+struct alignas(16) RankState {
+  int begin, end;  // blocks that compete
+  int room;        // for how many there is room
+  int count;       // keys in the buffer
+};
+
 struct RankRow {
   WarpTopK best;
   RankKey* threshold;  // the worst key that still counts
-  int* count;          // keys in the buffer
+  RankState* state;
 };
 
 // Not inlined: the lane masks of the sorting network would be kept in registers through the products.
-static __device__ __noinline__ void merge_row(RankRow row, int room, int lane) {
-  row.best.merge(*row.count, lane);
+static __device__ __noinline__ void merge_row(RankRow row, int lane) {
+  row.best.merge(row.state->count, lane);
   if (lane == 0) {
+    const int room = row.state->room;
     *row.threshold = room == 0 ? ~RankKey{0} : row.best.list[room - 1];
-    *row.count = 0;
+    row.state->count = 0;
   }
   __syncwarp();
 }
 
-// Offers one key a lane; 0 is no offer.
-__device__ __forceinline__ void offer(const RankRow& row, RankKey key, int room, int lane) {
-  unsigned winners = __ballot_sync(kFullMask, key > *row.threshold);
-  if (winners == 0) return;
-  if (*row.count + __popc(winners) > kSelectBuffer) {
-    merge_row(row, room, lane);
+// Takes the keys of the lanes in `winners`, at least one, into the row.
+__device__ __forceinline__ void take(const RankRow& row, RankKey key, unsigned winners, int lane) {
+  if (row.state->count + __popc(winners) > kSelectBuffer) {
+    merge_row(row, lane);
     winners = __ballot_sync(kFullMask, key > *row.threshold);
   }
-  const int count = *row.count;
+  const int count = row.state->count;
   if (winners >> lane & 1) row.best.buffer[count + __popc(winners & ((1u << lane) - 1))] = key;
   __syncwarp();
-  if (lane == 0) *row.count = count + __popc(winners);
+  if (lane == 0) row.state->count = count + __popc(winners);
   __syncwarp();
 }
 
@@ -246,7 +261,7 @@ struct SelectMemory {
         {reinterpret_cast<RankKey*>(smem + at.list) + i * capacity,
          reinterpret_cast<RankKey*>(smem + at.buffer) + i * kSelectBuffer, capacity},
         reinterpret_cast<RankKey*>(smem + at.threshold) + i,
-        reinterpret_cast<int*>(smem + at.count) + i
+        reinterpret_cast<RankState*>(smem + at.state) + i
     };
   }
 };
@@ -259,39 +274,73 @@ __device__ void clear_rows(const SelectMemory& memory, const SelectGeometry& g,
     row.best.clear(lane);
     for (int c = lane; c < g.overlap - 1; c += kWarpSize) memory.halo(i)[c] = 0.f;
     if (lane == 0) {
-      *row.threshold = select_row(g, work, i).room == 0 ? ~RankKey{0} : 0;
-      *row.count = 0;
+      const SelectRow at = select_row(g, work, i);
+      const bool is_query = i < work.num_queries;
+      *row.state = {is_query ? at.num_init : 0, is_query ? at.local_begin : 0, at.room, 0};
+      *row.threshold = at.room == 0 ? ~RankKey{0} : 0;
     }
   }
   __syncwarp();
 }
 
-// Ranks the blocks that end inside the step from window `first_key` on, for the warp's own queries.
-template <class Traits>
-__device__ void rank_step(const SelectMemory& memory, const SelectGeometry& g,
-                          const SelectWork& work, int first_key, int warp, int lane) {
-  const int blocks = Traits::kTileKv >> g.log_per_block;
-  const int first_block = first_key >> g.log_per_block;
-
-  for (int i = warp * Traits::kRowsPerWarp; i < (warp + 1) * Traits::kRowsPerWarp; ++i) {
-    if (i >= work.num_queries) break;
-    const SelectRow row = select_row(g, work, i);
-    const float* score = memory.score(i);
-    float* halo = memory.halo(i);
-    for (int base = 0; base < blocks; base += kWarpSize) {
-      const int block = first_block + base + lane;
-      const bool competes =
-          base + lane < blocks && block >= row.num_init && block < row.local_begin;
-      RankKey key = 0;
-      if (competes) key = rank_key(block_score(g, score, halo, base + lane), block);
-      offer(memory.row(i), key, row.room, lane);
-    }
-    __syncwarp();
-    for (int c = lane; c < g.overlap - 1; c += kWarpSize) {
-      halo[c] = score[score_column(g.log_per_block, Traits::kTileKv - (g.overlap - 1) + c)];
-    }
-    __syncwarp();
+// Ranks block `first_block + base + lane` for kRows queries from `first_row` on. All scores are formed
+// before the first is compared: one query after the other, the warp would wait for shared memory.
+template <int kRows, bool kIsUsual>
+__device__ __forceinline__ void rank_blocks(const SelectMemory& memory, const SelectGeometry& g,
+                                            int first_row, int first_block, int block_in_step,
+                                            bool is_block, int lane) {
+  const int block = first_block + block_in_step;
+  RankKey key[kRows];
+  unsigned winners[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const RankState state = *memory.row(first_row + i).state;
+    const bool competes = is_block && block >= state.begin && block < state.end;
+    const float score = block_score<kIsUsual>(g, memory.score(first_row + i),
+                                              memory.halo(first_row + i), block_in_step);
+    key[i] = competes ? rank_key(score, block) : 0;
+    winners[i] = __ballot_sync(kFullMask, key[i] > *memory.row(first_row + i).threshold);
   }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    if (winners[i] != 0) take(memory.row(first_row + i), key[i], winners[i], lane);
+  }
+}
+
+// Ranks the blocks that end inside the step from window `first_key` on, for the warp's own queries.
+// Not inlined: what it keeps would take the registers of the products.
+template <class Traits, bool kIsUsual>
+__device__ __noinline__ void rank_step(const SelectMemory memory, int first_key, int warp,
+                                       int lane) {
+  constexpr int kRows = Traits::kRowsPerWarp, kRowsAtOnce = 4;
+  const SelectGeometry& g = memory.g;
+  const int first_row = warp * kRows;
+  const int blocks = kIsUsual ? kWarpSize : Traits::kTileKv >> g.log_per_block;
+  const int first_block = first_key >> (kIsUsual ? 2 : g.log_per_block);
+  for (int base = 0; base < blocks; base += kWarpSize) {
+    const bool is_block = base + lane < blocks;
+    for (int row = first_row; row < first_row + kRows; row += kRowsAtOnce) {
+      rank_blocks<kRowsAtOnce, kIsUsual>(memory, g, row, first_block, is_block ? base + lane : 0,
+                                         is_block, lane);
+    }
+  }
+  const int columns = g.overlap - 1;
+  for (int c = lane; c < kRows * columns; c += kWarpSize) {
+    const int row = first_row + c / columns, column = c % columns;
+    memory.halo(row)[column] =
+        memory.score(row)[score_column(g.log_per_block, Traits::kTileKv - columns + column)];
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void rank(const SelectMemory& memory, int first_key, int warp,
+                                     int lane) {
+  if (memory.g.overlap == 2 && memory.g.per_block == 4) {
+    rank_step<Traits, true>(memory, first_key, warp, lane);
+  } else {
+    rank_step<Traits, false>(memory, first_key, warp, lane);
+  }
+  __syncwarp();  // the lanes read each other's halo in the next step
 }
 
 // Starts the copy of the queries of head `h` of the group into their stage.
@@ -370,12 +419,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   using Element = typename Traits::Element;
   extern __shared__ __align__(1024) unsigned char smem[];
   const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
-  __shared__ SelectWork shared_work;  // in registers it would push the loop into spilling
+  // Shared, because in registers it would push the loop into spilling.
+  __shared__ SelectWork shared_work;
+  __shared__ SelectBlocksSmem shared_at;
+  __shared__ SelectGeometry shared_g;
+  if (thread == 32) shared_at = at;
+  if (thread == 64) shared_g = g;
   if (thread == 0) shared_work = find_select_work<Traits>(p, band);
   __syncthreads();
   const SelectWork& work = shared_work;
   if (work.num_queries <= 0) return;
-  const SelectMemory memory{smem, at, g};
+  const SelectMemory memory{smem, at, g};  // reads the kernel's parameters: free
+  const SelectMemory rank_memory{smem, shared_at, shared_g};
   clear_rows<Traits>(memory, g, work, warp, lane);
 
   const auto load_keys = [&](int first) {
@@ -398,7 +453,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     const bool has_next = first_key + Traits::kTileKv <= work.last_key;
     if (has_next) load_keys(first_key + Traits::kTileKv);
     __syncthreads();  // the probabilities of all warps are there
-    rank_step<Traits>(memory, g, work, first_key, warp, lane);
+    rank<Traits>(rank_memory, first_key, warp, lane);
     __syncthreads();  // the scores make room for the queries
     if (has_next && !Traits::kKeepsQ) load_head<Traits>(p, memory, work, 0, thread);
     cp_async_commit();
@@ -412,14 +467,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     memory.score(0)[i] = 0.f;
   __syncthreads();
   for (; first_key >> g.log_per_block <= last_block; first_key += Traits::kTileKv) {
-    rank_step<Traits>(memory, g, work, first_key, warp, lane);
+    rank<Traits>(rank_memory, first_key, warp, lane);
   }
 
   int32_t* out = p.topk_idx + (work.kv_head * p.packing.total_q + work.token) * p.topk;
   for (int i = warp * Traits::kRowsPerWarp; i < (warp + 1) * Traits::kRowsPerWarp; ++i) {
     if (i >= work.num_queries) break;
     const SelectRow row = select_row(g, work, i);
-    merge_row(memory.row(i), row.room, lane);
+    merge_row(memory.row(i), lane);
     write_row(out + int64_t{i} * p.topk, row, memory.row(i).best.list, g.topk, lane);
   }
 }
