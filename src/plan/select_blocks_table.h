@@ -11,28 +11,33 @@ namespace fsattn {
 
 // A row serves head dims up to its own: smaller ones are padded with zeros in shared memory. A single
 // head may stay in shared memory (`keeps_q`) where that fits; otherwise the heads of the group stream.
+// Rows with 32 queries a CTA are for the 99 KiB of sm_86 and sm_89.
 struct SelectBlocksConfig {
   Arch arch;
   DType dtype;
   int head_dim;
+  int tile_q;  // queries of a CTA
   bool keeps_q;
 };
 
-// Columns: arch, dtype, head_dim, keeps_q. The first row that fits wins.
+// Columns: arch, dtype, head_dim, tile_q, keeps_q. The first row that fits wins.
 inline constexpr std::array kSelectBlocksTable{
-    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 64,  true },
-    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 64,  false},
-    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 128, true },
-    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 128, false},
-    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 256, false},
-    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  64,  true },
-    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  64,  false},
-    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  128, true },
-    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  128, false},
-    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  256, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 64,  64, true },
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 64,  64, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 128, 64, true },
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 128, 64, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 128, 32, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 256, 64, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 192, 32, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  64,  64, true },
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  64,  64, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  128, 64, true },
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  128, 64, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  128, 32, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  256, 64, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  192, 32, false},
 };
 
-inline constexpr int kSelectTileQ = 64;    // queries of a CTA
 inline constexpr int kSelectTileKv = 128;  // compressed keys of a step
 inline constexpr int kSelectBuffer = 32;   // candidates of a query that wait for the next merge
 inline constexpr int kSelectMaxHalo = 64;  // windows before a step that its first block may need
@@ -45,20 +50,23 @@ struct SelectBlocksSmem {
   int k, q, score, halo, list, buffer, threshold, state, bytes;
 };
 
+// What the kernel declares statically, and what the driver keeps for itself.
+inline constexpr int kSelectStaticSmem = 256 + 1024;
+
 constexpr SelectBlocksSmem select_blocks_smem(const SelectBlocksConfig& config, int halo,
                                               int topk) {
-  const int q_bytes = kSelectTileQ * config.head_dim * 2;
-  const int score_bytes = kSelectTileQ * kSelectScorePitch * 4;
+  const int q_bytes = config.tile_q * config.head_dim * 2;
+  const int score_bytes = config.tile_q * kSelectScorePitch * 4;
   SelectBlocksSmem s{};
   s.k = 0;
   s.q = s.k + kSelectTileKv * config.head_dim * 2;
   s.score = config.keeps_q ? s.q + q_bytes : s.q;
   s.halo = config.keeps_q ? s.score + score_bytes : s.q + std::max(2 * q_bytes, score_bytes);
-  s.list = s.halo + kSelectTileQ * round_up(halo, 2) * 4;
-  s.buffer = s.list + kSelectTileQ * round_up(topk, 32) * 8;
-  s.threshold = s.buffer + kSelectTileQ * kSelectBuffer * 8;
-  s.state = s.threshold + kSelectTileQ * 8;
-  s.bytes = s.state + kSelectTileQ * 16;
+  s.list = s.halo + config.tile_q * round_up(halo, 2) * 4;
+  s.buffer = s.list + config.tile_q * round_up(topk, 32) * 8;
+  s.threshold = s.buffer + config.tile_q * kSelectBuffer * 8;
+  s.state = s.threshold + config.tile_q * 8;
+  s.bytes = s.state + config.tile_q * 16;
   return s;
 }
 
@@ -72,7 +80,7 @@ constexpr int find_select_blocks_row(const Problem& p, int64_t smem_limit) {
     if (config.keeps_q && p.group_size() != 1) continue;
     const SelectBlocksSmem smem =
         select_blocks_smem(config, static_cast<int>(halo), static_cast<int>(p.topk));
-    if (smem.bytes <= smem_limit) return static_cast<int>(row);
+    if (smem.bytes + kSelectStaticSmem <= smem_limit) return static_cast<int>(row);
   }
   return -1;
 }

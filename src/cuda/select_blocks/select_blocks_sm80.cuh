@@ -32,7 +32,9 @@ struct SelectTraits {
   static constexpr int kDim = kConfig.head_dim;
   static constexpr bool kKeepsQ = kConfig.keeps_q;
   static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
-  static constexpr int kTileQ = kSelectTileQ, kTileKv = kSelectTileKv;
+  static constexpr int kTileQ = kConfig.tile_q, kTileKv = kSelectTileKv;
+  static constexpr int kWarpsQ = kTileQ / 16;  // while multiplying; the others share the keys
+  static constexpr int kKeysPerWarp = kTileKv * kWarpsQ / kWarps;
   static constexpr int kRowsPerWarp = kTileQ / kWarps;  // while ranking
   static constexpr int kQBytes = tile_bytes<kDim>(kTileQ);
   static constexpr int kMinCtas = kDim <= 128 ? 2 : 1;
@@ -135,7 +137,7 @@ __device__ __forceinline__ int score_column(int log_per_block, int c) {
   return (in_block << (kLogTileKv - log_per_block)) + (c >> log_per_block);
 }
 
-// Writes the probabilities of a warp's 16 queries and 64 keys; keys behind the row's limit count 0.
+// Writes the probabilities of 16 queries and 8 kN keys; keys behind the row's limit count 0.
 template <int kN>
 __device__ __forceinline__ void store_probabilities(float* score, const float (&p)[kN][4],
                                                     int log_per_block, int first_column,
@@ -313,6 +315,7 @@ template <class Traits, bool kIsUsual>
 __device__ __noinline__ void rank_step(const SelectMemory memory, int first_key, int warp,
                                        int lane) {
   constexpr int kRows = Traits::kRowsPerWarp, kRowsAtOnce = 4;
+  static_assert(kRows % kRowsAtOnce == 0);
   const SelectGeometry& g = memory.g;
   const int first_row = warp * kRows;
   const int blocks = kIsUsual ? kWarpSize : Traits::kTileKv >> g.log_per_block;
@@ -364,10 +367,11 @@ __device__ void compute_step(const SelectBlocksParams& p, const SelectMemory& me
                              const SelectGeometry& g, const SelectWork& work, const Band& band,
                              int num_heads, int first_key, int thread) {
   using Element = typename Traits::Element;
-  constexpr int kN = 4;  // half of a warp's 64 keys
+  constexpr int kN = 4, kParts = Traits::kKeysPerWarp / (8 * kN);
   const int lane = thread % kWarpSize, warp = thread / kWarpSize;
-  const int q_row = warp % 4 * 16, k_row = warp / 4 * 64;
-  float sum[2][kN][4] = {};
+  const int q_row = warp % Traits::kWarpsQ * 16;
+  const int k_row = warp / Traits::kWarpsQ * Traits::kKeysPerWarp;
+  float sum[kParts][kN][4] = {};
   for (int h = 0; h < num_heads; ++h) {
     if (h + 1 < num_heads) {
       load_head<Traits>(p, memory, work, h + 1, thread);
@@ -386,14 +390,14 @@ __device__ void compute_step(const SelectBlocksParams& p, const SelectMemory& me
       const float x = row < work.num_queries ? __ldg(lse + row) : -INFINITY;
       bias[i] = x == -INFINITY ? -INFINITY : -x * kLog2E;
     }
-    // In two halves: the scores of all 64 keys beside their sums would not fit 128 registers.
+    // In parts: the scores of all 64 keys beside their sums would not fit 128 registers.
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int part = 0; part < kParts; ++part) {
       float s[1][kN][4] = {};
-      const uint32_t k_tile = memory.k() + tile_bytes<Traits::kDim>(k_row + half * kN * 8);
+      const uint32_t k_tile = memory.k() + tile_bytes<Traits::kDim>(k_row + part * kN * 8);
       mma_a_bt<Element, Traits::kDim, Traits::kDim>(s, q_lane,
                                                     lane_rows8x2<Traits::kDim>(k_tile, lane));
-      add_probabilities(sum[half], s[0], g.scale_log2, bias, p.group_reduce);
+      add_probabilities(sum[part], s[0], g.scale_log2, bias, p.group_reduce);
     }
     __syncthreads();  // nobody reads this Q any more; after the last head, nor the keys
   }
@@ -404,8 +408,8 @@ __device__ void compute_step(const SelectBlocksParams& p, const SelectMemory& me
     limit[i] = min(last, work.num_keys - 1) - first_key;
   }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    store_probabilities(memory.score(q_row), sum[half], g.log_per_block, k_row + half * kN * 8,
+  for (int part = 0; part < kParts; ++part) {
+    store_probabilities(memory.score(q_row), sum[part], g.log_per_block, k_row + part * kN * 8,
                         limit, lane);
   }
 }
@@ -417,7 +421,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
                          const __grid_constant__ SelectGeometry g,
                          const __grid_constant__ Band band, int num_heads) {
   using Element = typename Traits::Element;
-  extern __shared__ __align__(1024) unsigned char smem[];
+  extern __shared__ __align__(128) unsigned char smem[];
   const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
   // Shared, because in registers it would push the loop into spilling.
   __shared__ SelectWork shared_work;
