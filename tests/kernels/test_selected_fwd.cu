@@ -4,6 +4,7 @@
 #include <string>
 
 #include "kernels/selected_problem.cuh"
+#include "kernels/skip.h"
 
 using namespace fsattn;
 using namespace fsattn::test;
@@ -185,12 +186,17 @@ const Case kCases[] = {
     {"short tails", {70, 130, 190, 20, 5000}, {}, {}, 4, 2, 128, 128, 64, 8, kHostile, 1024 * kMiB, 1.f, true},
     {"tiny items", {8200}, {}, {}, 3, 3, 128, 128, 64, 4, kHostile, 1024 * kMiB, 1.f, false, false, 7},
     {"many items", {16384}, {}, {}, 8, 8, 128, 128, 64, 8, kRandom, 256 * kMiB, 1.f, false, false, 31},
+    {"equal logits", {300}, {}, {}, 4, 2, 128, 128, 64, 5, kHostile, 1024 * kMiB, 1.f, false, false, 1, Values::kEqualLogits},
+    {"equal logits S 128", {500}, {}, {}, 4, 2, 64, 64, 128, 4, kHostile, 1024 * kMiB, 1.f, false, false, 1, Values::kEqualLogits},
+    {"largest v", {300}, {}, {}, 4, 2, 128, 128, 64, 5, kHostile, 1024 * kMiB, 1.f, false, false, 1, Values::kLargestV},
+    {"largest v S 256", {900}, {}, {}, 40, 1, 128, 128, 256, 4, kHostile, 1024 * kMiB, 1.f, false, false, 1, Values::kLargestV},
     {"many slots", {100000}, {}, {}, 1, 1, 64, 64, 16, 4, kRandom, 32 * kMiB, 1.f, false, true, 61},
 };
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (is_skipped(argc, argv)) return 0;
   Arch arch = Arch::kSm80;
   std::string only;
   for (int i = 1; i < argc; ++i) {
