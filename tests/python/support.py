@@ -162,7 +162,7 @@ def check(name, found, truth, same=None, *, unit=None, slack=0.0, factor=2.0):
         ulps, rms_ulps = (8, 1) if found.dtype == torch.float32 else (0.5, 0.5)
         allowed = factor * float(same_error.max()) + ulps * eps * unit + slack
         allowed_rms = factor * _rms(same_error) + rms_ulps * eps * max(_rms(truth), unit / 4)
-        allowed_rms += slack / 4
+        allowed_rms += slack / 32
     at = _worst(error)
     report = (
         f"{name} [{name_of(found.dtype)}] at {at}: found {found64[at]:.9g}, truth {truth[at]:.9g}, "
