@@ -256,9 +256,10 @@ constexpr bool fits(const SelectedAttnFwdConfig& config, Arch arch, const Proble
          selected_keys(p.head_dim, p.head_dim_v, p.block_size) <= config.keys;
 }
 
-// Short sequences of queries (decoding, speculation, small chunks) do not pay for index, partial rows
-// and merge. Does not depend on the architecture or on how many sequences there are.
-constexpr bool is_query_major(const Problem& p) { return p.max_q <= 64; }
+// Query-major reads a key once for the whole group. From about 32 heads on that is less traffic than a
+// partial row for every head and block. The rule may look at nothing that differs between the sequences
+// of a batch or between batches: what a sequence gets must not depend on its neighbours.
+constexpr bool is_query_major(const Problem& p) { return p.group_size() > 32; }
 
 // Returns the row of kSelectedAttnFwdTable, or -1 when no kernel fits.
 constexpr int find_selected_attn_fwd_row(Arch arch, const Problem& problem) {

@@ -49,11 +49,22 @@ int main(int argc, char** argv) {
   if (argc < 5) return 1;
   const std::string pass = argv[1];
   const auto option = [&](int i, int value) { return argc > i ? std::atoi(argv[i]) : value; };
-  Case c{"bench", {std::atoi(argv[2])}, {}, {}, std::atoi(argv[3]), std::atoi(argv[4]), option(7, 128), option(7, 128),
-         option(5, 64), option(6, 16), Pattern::kRandom, size_t(option(8, 1024)) << 20};
+  Case c{"bench",
+         {std::atoi(argv[2])},
+         {},
+         {},
+         std::atoi(argv[3]),
+         std::atoi(argv[4]),
+         option(7, 128),
+         option(7, 128),
+         option(5, 64),
+         option(6, 16),
+         Pattern::kRandom,
+         size_t(option(8, 1024)) << 20};
   SelectedProblem<__nv_bfloat16> x(c);
   double pairs = 0;  // query row times key block
-  for (int64_t t = 0; t < x.total_q; ++t) pairs += double(std::min<int64_t>(c.topk, t / c.block_size + 1)) * c.heads_q;
+  for (int64_t t = 0; t < x.total_q; ++t)
+    pairs += double(std::min<int64_t>(c.topk, t / c.block_size + 1)) * c.heads_q;
   const double flop = pairs * (pass == "bwd" ? 10 : 4) * c.block_size * c.dim;
   const Problem problem = x.problem();
   double ms = 0;
@@ -62,12 +73,15 @@ int main(int argc, char** argv) {
     ms = median_ms([&] { x.build_index(); });
   } else if (pass == "bwd") {
     bytes = selected_attn_bwd_workspace(problem);
-    Buffer<char> scratch(static_cast<int64_t>(std::max(bytes, selected_attn_fwd_workspace(problem))));
+    Buffer<char> scratch(
+        static_cast<int64_t>(std::max(bytes, selected_attn_fwd_workspace(problem))));
     launch_selected_attn_fwd(find_row("fwd", problem), x.fwd_params(scratch), nullptr);
     const Strided<__nv_bfloat16> dq(x.total_q, c.heads_q, c.dim, 0, 0);
-    const Strided<__nv_bfloat16> dk(x.total_k, c.heads_kv, c.dim, 0, 0), dv(x.total_k, c.heads_kv, c.dim, 0, 0);
+    const Strided<__nv_bfloat16> dk(x.total_k, c.heads_kv, c.dim, 0, 0),
+        dv(x.total_k, c.heads_kv, c.dim, 0, 0);
     const SelectedAttnBwdParams params = x.bwd_params(dq, dk, dv, scratch);
-    ms = median_ms([&] { launch_selected_attn_bwd(find_selected_attn_bwd_row(problem), params, nullptr); });
+    ms = median_ms(
+        [&] { launch_selected_attn_bwd(find_selected_attn_bwd_row(problem), params, nullptr); });
   } else {
     const int row = find_row(pass, problem);
     if (row < 0) return 1;
@@ -76,8 +90,10 @@ int main(int argc, char** argv) {
     const SelectedAttnFwdParams params = x.fwd_params(scratch);
     ms = median_ms([&] { launch_selected_attn_fwd(row, params, nullptr); });
   }
-  std::printf("%-5s T %7d H %2d/%2d D %3d S %3d K %3d cap %5d MiB ws %5.2f GiB: %8.3f ms  %6.1f ps/row-block %6.1f TFLOP/s\n", pass.c_str(),
-              int(x.total_q), c.heads_q, c.heads_kv, c.dim, c.block_size, c.topk,
-              int(c.cap >> 20), double(bytes) / (1 << 30), ms, ms * 1e9 / pairs, flop / ms * 1e-9);
+  std::printf(
+      "%-5s T %7d H %2d/%2d D %3d S %3d K %3d cap %5d MiB ws %5.2f GiB: %8.3f ms  %6.1f "
+      "ps/row-block %6.1f TFLOP/s\n",
+      pass.c_str(), int(x.total_q), c.heads_q, c.heads_kv, c.dim, c.block_size, c.topk,
+      int(c.cap >> 20), double(bytes) / (1 << 30), ms, ms * 1e9 / pairs, flop / ms * 1e-9);
   return 0;
 }

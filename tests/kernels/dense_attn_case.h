@@ -151,9 +151,12 @@ inline Reference reference(const Shape& s, const Batch& b, const Inputs& in, dou
   r.dq.assign(size_t(b.total_q * H * D), 0);
   r.dk.assign(size_t(b.total_keys * K * D), 0);
   r.dv.assign(size_t(b.total_keys * K * V), 0);
-  parallel_for(K, [&](int64_t kvh) {
+  const int64_t num_seqs = int64_t(b.cu_q.size()) - 1;
+  parallel_for(K * num_seqs, [&](int64_t item) {
     std::vector<double> p;
-    for (size_t seq = 0; seq + 1 < b.cu_q.size(); ++seq) {
+    const int64_t kvh = item % K;
+    {
+      const size_t seq = size_t(item / K);
       const int lq = b.cu_q[seq + 1] - b.cu_q[seq], lk = b.cu_k[seq + 1] - b.cu_k[seq];
       const int keys = b.cu_keys[seq + 1] - b.cu_keys[seq];
       const int offset = s.offset.empty() ? lk - lq : s.offset[seq];

@@ -8,6 +8,12 @@
 
 namespace fsattn::test {
 
+enum class Values {
+  kNormal,
+  kEqualLogits,  // all logits equal, of the size of the largest floats (fp16: the largest inputs)
+  kLargestV,     // v is the largest value of the type, so o is too
+};
+
 struct Case {
   const char* name;
   std::vector<int> lens_q, lens_k;  // lens_k empty: as lens_q
@@ -19,6 +25,7 @@ struct Case {
   bool has_gaps = false;    // strides with gaps
   bool has_index = false;   // the caller brings the block index
   int stride = 1;           // reference rows: every stride-th token
+  Values values = Values::kNormal;
 };
 
 template <class Element>
@@ -61,6 +68,12 @@ struct SelectedProblem {
     fill(k, 12, 1.f);
     fill(v, 13, 1.f);
     fill(dout, 14, 1.f);
+    constexpr bool kIsHalf = std::is_same_v<Element, __half>;
+    if (c.values == Values::kEqualLogits) {
+      fill_constant(q, kIsHalf ? 0x1p15f : 0x1p60f);
+      fill_constant(k, kIsHalf ? 0x1p15f : 0x1p60f);
+    }
+    if (c.values == Values::kLargestV) fill_constant(v, kIsHalf ? 65504.f : 0x1.fep127f);
     fill_floats<<<256, 256>>>(dlse.data, dlse.size, 15);
     if (c.has_index) build_index();
   }
@@ -89,9 +102,15 @@ struct SelectedProblem {
             total_q, total_k,   total_q,   total_k};
   }
   SelectedMask mask() const {
-    return {topk_idx.data, total_q * c.topk, c.topk, c.topk, c.block_size,
-            index_start ? BlockIndexView{index_start->data, index_entry->data, num_slots}
-                        : BlockIndexView{nullptr, nullptr, 0}};
+    return {
+        topk_idx.data,
+        total_q * c.topk,
+        c.topk,
+        c.topk,
+        c.block_size,
+        index_start ? BlockIndexView{index_start->data, index_entry->data, num_slots}
+                    : BlockIndexView{nullptr,           nullptr,           0        }
+    };
   }
   Problem problem() const {
     Problem p{};
@@ -113,32 +132,51 @@ struct SelectedProblem {
   AttnShape shape() const {
     return {kDTypeOf<Element>, c.heads_q, c.heads_kv, c.dim, c.dim_v, scale()};
   }
-  static Rows rows(const Strided<Element>& x) { return {x.buffer.data, x.token_stride, x.head_stride}; }
+  static Rows rows(const Strided<Element>& x) {
+    return {x.buffer.data, x.token_stride, x.head_stride};
+  }
 
   void build_index() {
     index_start = std::make_unique<Buffer<int32_t>>(c.heads_kv * (num_slots + 1));
     index_entry = std::make_unique<Buffer<int32_t>>(c.heads_kv * total_q * c.topk);
     const size_t bytes = block_index_workspace(c.heads_kv, total_q, num_slots);
     Buffer<char> scratch(static_cast<int64_t>(bytes));
-    const BlockIndexParams params{packing(), c.heads_kv, mask(), {scratch.data, bytes}};
+    const BlockIndexParams params{
+        packing(), c.heads_kv, mask(), {scratch.data, bytes}
+    };
     launch_block_index(find_block_index_row(c.topk, num_slots), params, nullptr);
     CUDA_OK(cudaDeviceSynchronize());
   }
 
   SelectedAttnFwdParams fwd_params(const Buffer<char>& scratch) const {
-    return {{packing(), shape(), rows(q), rows(k), rows(v), rows(o), {lse.data, total_q}},
-            mask(),
-            c.cap,
-            {scratch.data, scratch.bytes()}};
+    return {
+        {packing(), shape(), rows(q), rows(k), rows(v), rows(o), {lse.data, total_q}},
+        mask(),
+        c.cap,
+        {scratch.data,  scratch.bytes() }
+    };
   }
   // The caller sets what it wants accumulated, and dlse to null for none.
   SelectedAttnBwdParams bwd_params(const Strided<Element>& dq, const Strided<Element>& dk,
                                    const Strided<Element>& dv, const Buffer<char>& scratch) const {
-    return {{packing(), shape(), rows(dout), {dlse.data, total_q}, rows(q), rows(k), rows(v), rows(o),
-             {lse.data, total_q}, rows(dq), rows(dk), rows(dv), false, false},
-            mask(),
-            c.cap,
-            {scratch.data, scratch.bytes()}};
+    return {
+        {packing(),
+         shape(),
+         rows(dout),
+         {dlse.data, total_q},
+         rows(q),
+         rows(k),
+         rows(v),
+         rows(o),
+         {lse.data, total_q},
+         rows(dq),
+         rows(dk),
+         rows(dv),
+         false, false},
+        mask(),
+        c.cap,
+        {scratch.data, scratch.bytes()}
+    };
   }
   ReferenceArgs<Element> reference_args() const {
     ReferenceArgs<Element> a{};
@@ -199,7 +237,8 @@ struct BackwardReference {
     Buffer<double> scratch(int64_t{kCtas} * 2 * c.topk * c.block_size);
     ReferenceArgs<Element> a = x.reference_args();
     a.o = o.data, a.lse = lse.data, a.scratch = scratch.data;
-    a.dq = dq_out.data, a.dk = dk_out.data, a.dv = dv_out.data, a.dlse = has_dlse ? x.dlse.data : nullptr;
+    a.dq = dq_out.data, a.dk = dk_out.data, a.dv = dv_out.data,
+    a.dlse = has_dlse ? x.dlse.data : nullptr;
     a.dout = x.dout.buffer.data, a.do_token = x.dout.token_stride, a.do_head = x.dout.head_stride;
     reference_kernel<<<kCtas, kReferenceThreads>>>(a);
     CUDA_OK(cudaDeviceSynchronize());

@@ -17,12 +17,12 @@
 
 namespace fsattn::test {
 
-#define CUDA_OK(call)                                                                        \
-  do {                                                                                       \
-    if (const cudaError_t e = (call); e != cudaSuccess) {                                    \
-      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e));      \
-      std::exit(1);                                                                          \
-    }                                                                                        \
+#define CUDA_OK(call)                                                                   \
+  do {                                                                                  \
+    if (const cudaError_t e = (call); e != cudaSuccess) {                               \
+      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(e)); \
+      std::exit(1);                                                                     \
+    }                                                                                   \
   } while (0)
 
 // Device memory, filled with NaN bytes.
@@ -100,6 +100,23 @@ void fill(Strided<Element>& x, uint64_t seed, float scale) {
   CUDA_OK(cudaGetLastError());
 }
 
+template <class Element>
+__global__ void fill_value(Element* x, int64_t tokens, int64_t heads, int64_t dim,
+                           int64_t token_stride, int64_t head_stride, float value) {
+  const int64_t n = tokens * heads * dim;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    assign(x[i / dim / heads * token_stride + i / dim % heads * head_stride + i % dim], value);
+  }
+}
+
+template <class Element>
+void fill_constant(Strided<Element>& x, float value) {
+  fill_value<<<1024, 256>>>(x.buffer.data, x.tokens, x.heads, x.dim, x.token_stride, x.head_stride,
+                            value);
+  CUDA_OK(cudaGetLastError());
+}
+
 static __global__ void fill_floats(float* x, int64_t n, uint64_t seed) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
        i += int64_t{gridDim.x} * blockDim.x) {
@@ -116,9 +133,9 @@ struct ReferenceArgs {
   const float* dlse;  // [Hq, total_q] or null
   int batch, total_q, heads_q, heads_kv, dim, dim_v, block_size, topk, stride;
   double scale;
-  double* scratch;           // [CTAs, 2 * topk * block_size]
-  double *o, *lse;           // [samples, Hq, Dv], [samples, Hq]; every stride-th token
-  double *dq, *dk, *dv;      // dq [total_q, Hq, D], dk, dv [total_k, Hkv, D or Dv]; null: forward only
+  double* scratch;       // [CTAs, 2 * topk * block_size]
+  double *o, *lse;       // [samples, Hq, Dv], [samples, Hq]; every stride-th token
+  double *dq, *dk, *dv;  // dq [total_q, Hq, D], dk, dv [total_k, Hkv, D or Dv]; null: forward only
 };
 
 inline constexpr int kReferenceThreads = 128;
@@ -155,7 +172,9 @@ __global__ void __launch_bounds__(kReferenceThreads) reference_kernel(ReferenceA
     while (seq < a.batch && a.cu_q[seq + 1] <= t) ++seq;
     const bool is_owned = seq < a.batch && a.cu_q[seq] <= t;
     const int k0 = is_owned ? a.cu_k[seq] : 0, len = is_owned ? a.cu_k[seq + 1] - k0 : 0;
-    const int offset = !is_owned ? 0 : a.q_offset ? a.q_offset[seq] : len - (a.cu_q[seq + 1] - a.cu_q[seq]);
+    const int offset = !is_owned    ? 0
+                       : a.q_offset ? a.q_offset[seq]
+                                    : len - (a.cu_q[seq + 1] - a.cu_q[seq]);
     const int position = is_owned ? t - a.cu_q[seq] + offset : -1;
     __syncthreads();
     if (threadIdx.x < a.topk) {
@@ -170,7 +189,8 @@ __global__ void __launch_bounds__(kReferenceThreads) reference_kernel(ReferenceA
     const Element* q = a.q + t * a.q_token + h * a.q_head;
     double top = -INFINITY;
     for (int i = threadIdx.x; i < keys; i += kReferenceThreads) {
-      const int base = key_of[i / a.block_size], key = base == INT_MAX ? INT_MAX : base + i % a.block_size;
+      const int base = key_of[i / a.block_size],
+                key = base == INT_MAX ? INT_MAX : base + i % a.block_size;
       double dot = -INFINITY;
       if (key < len && key <= position) {
         const Element* k = a.k + (int64_t{k0} + key) * a.k_token + g * a.k_head;
@@ -188,7 +208,8 @@ __global__ void __launch_bounds__(kReferenceThreads) reference_kernel(ReferenceA
       sum += score[i];
     }
     sum = cta_sum(sum);
-    for (int i = threadIdx.x; i < keys; i += kReferenceThreads) score[i] = sum > 0 ? score[i] / sum : 0;
+    for (int i = threadIdx.x; i < keys; i += kReferenceThreads)
+      score[i] = sum > 0 ? score[i] / sum : 0;
     __syncthreads();
     const int64_t at = int64_t{row};
     for (int d = threadIdx.x; d < a.dim_v; d += kReferenceThreads) {
@@ -248,7 +269,8 @@ struct Difference {
 
 // got(row, d) against want[row * dim + d].
 template <class Get>
-Difference compare_rows(int64_t rows, int64_t dim, const std::vector<double>& want, const Get& get) {
+Difference compare_rows(int64_t rows, int64_t dim, const std::vector<double>& want,
+                        const Get& get) {
   Difference result;
   double error = 0, norm = 0;
   for (const double w : want) norm += w * w;

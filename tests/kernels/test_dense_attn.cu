@@ -4,11 +4,13 @@
 
 #include "cuda/dense_attn/dense_attn.h"
 #include "kernels/dense_attn_case.h"
+#include "kernels/skip.h"
 
 namespace fsattn::test {
 namespace {
 
 int num_failed = 0, num_cases = 0;
+Arch arch = Arch::kSm80;  // the rows under test
 
 void check(bool ok, const char* what, const Shape& s, double value) {
   if (ok) return;
@@ -55,7 +57,7 @@ void fill_common(auto& attn, const Shape& s, const Batch& b, Device& d, double s
 void run_fwd(const Shape& s, const Batch& b, Device& d, double scale) {
   AttnFwdTensors attn{};
   fill_common(attn, s, b, d, scale);
-  const int row = find_dense_attn_row(s.dtype, s.dim, s.dim_v);
+  const int row = find_dense_attn_row(arch, s.dtype, s.dim, s.dim_v);
   if (s.window >= 0) {
     launch_window_attn_fwd(row, {attn, {s.window}, 0, {}}, nullptr);
   } else {
@@ -75,7 +77,7 @@ void run_bwd(const Shape& s, const Batch& b, Device& d, double scale, bool accum
   attn.dk = d.dk.rows();
   attn.dv = d.dv.rows();
   attn.accumulate_dq = attn.accumulate_dkv = accumulate;
-  const int row = find_dense_attn_row(s.dtype, s.dim, s.dim_v);
+  const int row = find_dense_attn_row(arch, s.dtype, s.dim, s.dim_v);
   if (s.window >= 0) {
     launch_window_attn_bwd(row, {attn, {s.window}, 0, scratch}, nullptr);
   } else {
@@ -251,6 +253,33 @@ std::vector<Shape> all_shapes() {
   return list;
 }
 
+// Averages of the largest bf16 value are finite, though sums of P V before the division are not.
+void test_largest_values(int window) {
+  ++num_cases;
+  Shape s;
+  s.len_q = s.len_k = {700};
+  s.window = window;
+  const Batch b(s);
+  Device d(s, b);
+  d.q.randomize(s.dtype, 1, 1);
+  d.k.randomize(s.dtype, 2, 1);
+  for (auto& x : d.v.host) x = 0x7f7f;  // the largest finite bf16
+  d.v.dev.upload(d.v.host);
+  run_fwd(s, b, d, 0.1);
+  sync();
+  d.o.fetch();
+  const int first = window >= 0 ? 0 : s.size - 1;  // the first query that sees a key
+  // P is rounded by less than half an ulp of the largest value, so that no output becomes infinite.
+  int num_bad = 0;
+  for (int64_t t = first; t < b.total_q; ++t)
+    for (int64_t h = 0; h < s.heads_q; ++h)
+      for (int64_t i = 0; i < s.dim_v; ++i) {
+        const double x = from_bits(s.dtype, d.o.at(t, h, i));
+        num_bad += !(x > 3.3e38 && x < INFINITY);
+      }
+  check(num_bad == 0, "wrong outputs of the largest values", s, num_bad);
+}
+
 template <class F>
 double time_ms(const F& f) {
   cudaEvent_t a, b;
@@ -323,14 +352,22 @@ void time_shape(int heads_q, int heads_kv, int dim, int dim_v, int tokens, int w
 }  // namespace
 }  // namespace fsattn::test
 
+// test_dense_attn [sm90] [tiny | time [tokens]]
 int main(int argc, char** argv) {
   using namespace fsattn::test;
+  if (is_skipped(argc, argv)) return 0;
+  if (argc > 1 && !std::strcmp(argv[1], "sm90")) {
+    arch = fsattn::Arch::kSm90a;
+    --argc;
+    ++argv;
+  }
   if (argc > 1 && !std::strcmp(argv[1], "time")) {
     const int tokens = argc > 2 ? std::atoi(argv[2]) : 65536;
     for (int window : {-1, 512}) {
       time_shape(32, 8, 128, 128, tokens, window);
       time_shape(32, 32, 128, 128, tokens, window);
       time_shape(64, 4, 128, 128, tokens, window);
+      if (arch == fsattn::Arch::kSm90a) continue;  // the other rows are the same
       time_shape(32, 2, 64, 64, tokens, window);
       time_shape(64, 4, 192, 128, tokens, window);
       time_shape(24, 2, 256, 256, tokens, window);
@@ -342,6 +379,8 @@ int main(int argc, char** argv) {
     if (tiny && (s.len_q.size() != 2 || s.heads_q > 6)) continue;
     test_case(s);
   }
+  test_largest_values(-1);
+  test_largest_values(300);
   std::printf("%d cases, %d failed\n", num_cases, num_failed);
   return num_failed != 0;
 }

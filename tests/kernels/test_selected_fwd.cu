@@ -21,7 +21,8 @@ bool check_index(const SelectedProblem<Element>& x) {
   for (int g = 0; g < c.heads_kv; ++g) {
     std::vector<std::vector<int32_t>> want(static_cast<size_t>(x.num_slots));
     for (size_t b = 0; b < static_cast<size_t>(x.batch); ++b) {
-      const int len_q = x.cu_q_host[b + 1] - x.cu_q_host[b], len_k = x.cu_k_host[b + 1] - x.cu_k_host[b];
+      const int len_q = x.cu_q_host[b + 1] - x.cu_q_host[b],
+                len_k = x.cu_k_host[b + 1] - x.cu_k_host[b];
       const int offset = c.q_offset.empty() ? len_k - len_q : c.q_offset[b];
       for (int i = 0; i < len_q; ++i) {
         const int token = x.cu_q_host[b] + i;
@@ -30,7 +31,8 @@ bool check_index(const SelectedProblem<Element>& x) {
           const int64_t first_key = int64_t{ids[j]} * c.block_size;
           if (ids[j] < 0 || first_key >= len_k || first_key > int64_t{i} + offset) continue;
           if (std::find(ids, ids + j, ids[j]) != ids + j) continue;
-          const size_t slot = static_cast<size_t>(x.cu_k_host[b] / c.block_size) + b + static_cast<size_t>(ids[j]);
+          const size_t slot =
+              static_cast<size_t>(x.cu_k_host[b] / c.block_size) + b + static_cast<size_t>(ids[j]);
           want[slot].push_back(token * c.topk + j);
         }
       }
@@ -76,7 +78,8 @@ void compare(const SelectedProblem<Element>& x, const ForwardReference& want, Ou
   });
   for (int64_t r = 0; r < x.samples() * c.heads_q; ++r) {
     const int64_t t = r / c.heads_q * c.stride, h = r % c.heads_q;
-    const double got = lse[static_cast<size_t>(h * x.total_q + t)], w = want.lse[static_cast<size_t>(r)];
+    const double got = lse[static_cast<size_t>(h * x.total_q + t)],
+                 w = want.lse[static_cast<size_t>(r)];
     if (std::isinf(w) || !std::isfinite(got)) {
       result.bad_lse += !(std::isinf(w) && std::isinf(got) && got < 0);
     } else {
@@ -85,7 +88,8 @@ void compare(const SelectedProblem<Element>& x, const ForwardReference& want, Ou
   }
   for (size_t i = 0; c.has_gaps && i < o.size(); ++i) {  // nothing is written between the rows
     const int64_t in_token = static_cast<int64_t>(i) % x.o.token_stride;
-    const bool is_gap = in_token >= c.heads_q * x.o.head_stride || in_token % x.o.head_stride >= c.dim_v;
+    const bool is_gap =
+        in_token >= c.heads_q * x.o.head_stride || in_token % x.o.head_stride >= c.dim_v;
     uint16_t bits;
     std::memcpy(&bits, &o[i], 2);
     result.outside += is_gap && bits != 0xffff;
@@ -109,7 +113,8 @@ Outcome run_row(const SelectedProblem<Element>& x, const ForwardReference& want,
     if (round == 0) compare(x, want, result);
     const std::vector<Element> o = x.o.buffer.download();
     const std::vector<float> lse = x.lse.download();
-    prints[round] = fingerprint(o.data(), x.o.buffer.bytes()) ^ fingerprint(lse.data(), x.lse.bytes()) * 3;
+    prints[round] =
+        fingerprint(o.data(), x.o.buffer.bytes()) ^ fingerprint(lse.data(), x.lse.bytes()) * 3;
   }
   result.is_repeatable = prints[0] == prints[1];
   return result;
@@ -133,11 +138,12 @@ void check(const Case& c, Arch arch) {
     const bool index_ok = !c.has_index || check_index(x);
     const bool ok = r.ok(is_bf16 ? 4e-3 : 6e-4) && index_ok;
     num_failed += !ok;
-    std::printf("%s %s %-11s row %2d %-18s launches %3d  rel %.2e row %.1e lse %.1e bad %d+%d%s%s%s\n",
-                ok ? "ok  " : "FAIL", is_bf16 ? "bf16" : "fp16", names[algorithm], row, c.name,
-                int(selected_fwd_layout(selected_shape(problem)).split.num_launches), r.o.relative,
-                r.o.worst_row, r.lse, r.o.bad, r.bad_lse, r.is_repeatable ? "" : " DIFFERENT BITS",
-                r.outside ? " WROTE OUTSIDE" : "", index_ok ? "" : " WRONG INDEX");
+    std::printf(
+        "%s %s %-11s row %2d %-18s launches %3d  rel %.2e row %.1e lse %.1e bad %d+%d%s%s%s\n",
+        ok ? "ok  " : "FAIL", is_bf16 ? "bf16" : "fp16", names[algorithm], row, c.name,
+        int(selected_fwd_layout(selected_shape(problem)).split.num_launches), r.o.relative,
+        r.o.worst_row, r.lse, r.o.bad, r.bad_lse, r.is_repeatable ? "" : " DIFFERENT BITS",
+        r.outside ? " WROTE OUTSIDE" : "", index_ok ? "" : " WRONG INDEX");
     std::fflush(stdout);
   }
   if (!has_run[0] || !has_run[1]) {
@@ -150,6 +156,7 @@ constexpr size_t kMiB = size_t{1} << 20;
 const auto kHostile = Pattern::kHostile;
 const auto kRandom = Pattern::kRandom;
 
+// clang-format off
 const Case kCases[] = {
     {"hostile", {1000}, {}, {}, 4, 4, 128, 128, 64, 16, kHostile, 1024 * kMiB, 1.f, false, true},
     {"hostile chunks", {1537}, {}, {}, 8, 2, 128, 128, 64, 16, kHostile, 4 * kMiB, 1.f, true, true},
@@ -192,6 +199,7 @@ const Case kCases[] = {
     {"largest v S 256", {900}, {}, {}, 40, 1, 128, 128, 256, 4, kHostile, 1024 * kMiB, 1.f, false, false, 1, Values::kLargestV},
     {"many slots", {100000}, {}, {}, 1, 1, 64, 64, 16, 4, kRandom, 32 * kMiB, 1.f, false, true, 61},
 };
+// clang-format on
 
 }  // namespace
 

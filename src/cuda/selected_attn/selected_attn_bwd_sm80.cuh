@@ -30,7 +30,11 @@ struct BwdTraits {
   static constexpr int kStages = kD <= 192 ? 2 : 1;
   // Pairs of 16-byte chunks that one warp owns of a row of dQ and dK, and of dV.
   static constexpr int kPairs = kD / 32, kPairsV = kDv / 32;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kCtasPerSm = kD <= 64 ? 2 : 1;  // of 164 KiB of shared memory
+#else
   static constexpr int kCtasPerSm = kD <= 128 ? 2 : 1;
+#endif
 };
 
 template <class T>
@@ -40,6 +44,7 @@ struct BwdStorage {
   uint4 dout[T::kRows * T::kDv / 8];
   uint4 p[T::kKeys * T::kRows / 8], ds[T::kKeys * T::kRows / 8];  // [key][row]
   float2 stats[2][T::kRows];
+  int entry[2][T::kRows];    // CSR entry of a row, -1 if there is none; its own warp alone reads it
   int limit[2][T::kRows];    // last visible key; -1: the row does not exist
   int out_row[2][T::kRows];  // partial row of dQ; -1: none
   Item item, next_item;
@@ -47,23 +52,45 @@ struct BwdStorage {
   int prefix[kMaxSegmentsPerLaunch + 1];
 };
 
-// The rows that a lane looks up: lane r < 8 of warp w owns row 8 w + r of a tile.
+// The thread's number, read anew at every call: what is computed from it stays inside its phase instead
+// of taking a register, or a spill, for the whole kernel.
+__device__ __forceinline__ int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ __forceinline__ int fresh_lane() { return fresh_thread() % kWarpSize; }
+__device__ __forceinline__ int fresh_warp() { return fresh_thread() / kWarpSize; }
+
+// A row that a lane looks up: lane r < 8 of warp w owns row 8 w + r of a tile.
 struct BwdRow {
-  int entry = -1;  // -1: there is none
-  int h = 0;
+  int entry;  // -1: there is none
+  int h;
 };
 
+// Starts to bring the entries of this warp's rows of `tile`; one that does not exist becomes -1.
+template <class T>
+__device__ __forceinline__ void request_entries(const BwdArgs& a, BwdStorage<T>& s, int tile,
+                                                int warp, int lane) {
+  if (lane >= T::kRowsPerWarp) return;
+  const int local = warp * T::kRowsPerWarp + lane, r = tile * T::kRows + local;
+  int* to = &s.entry[tile & 1][local];
+  if (r < s.at.num_rows) {
+    const int e = a.space.group_div.quotient(r);
+    device::cp_async_4(device::smem_address(to),
+                       a.entries + s.at.kv_head * a.entry_stride + s.item.first + e);
+  } else {
+    *to = -1;
+  }
+}
+
+// The lane's row of `tile`, whose entries have landed.
 template <class T>
 __device__ __forceinline__ BwdRow find_row(const BwdArgs& a, const BwdStorage<T>& s, int tile,
                                            int warp, int lane) {
-  const ItemRows& at = s.at;
-  BwdRow row;
-  const int r = tile * T::kRows + warp * T::kRowsPerWarp + lane;
-  if (lane >= T::kRowsPerWarp || r >= at.num_rows) return row;
-  const int e = a.space.group_div.quotient(r);
-  row.entry = __ldg(a.entries + at.kv_head * a.entry_stride + s.item.first + e);
-  row.h = a.space.group_div.remainder(r, e);
-  return row;
+  if (lane >= T::kRowsPerWarp) return {-1, 0};
+  const int local = warp * T::kRowsPerWarp + lane, r = tile * T::kRows + local;
+  return {s.entry[tile & 1][local], a.space.group_div.remainder(r, a.space.group_div.quotient(r))};
 }
 
 // Starts the copies of this warp's rows of a tile; rows that do not exist and columns behind the head
@@ -78,7 +105,7 @@ __device__ __forceinline__ void gather_tile(uint32_t tile, const Rows& rows, con
   const auto offset_of_lane =
       static_cast<uint32_t>((token * rows.token_stride + head * rows.head_stride) / 8);
   const unsigned exists = __ballot_sync(kFullMask, row.entry >= 0);
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < T::kRowsPerWarp * kChunks / kWarpSize; ++i) {
     const int c = i * kWarpSize + lane, r = c / kChunks, chunk = c % kChunks;
     const uint32_t offset = __shfl_sync(kFullMask, offset_of_lane, r);
@@ -90,21 +117,21 @@ __device__ __forceinline__ void gather_tile(uint32_t tile, const Rows& rows, con
   }
 }
 
-// What the other warps need to know of this warp's rows.
+// What the other warps need to know of this warp's rows of `tile`.
 template <class T>
-__device__ __forceinline__ void publish_rows(const BwdArgs& a, const Item& item, const ItemRows& at,
-                                             const BwdRow& row, BwdStorage<T>& s, int buffer,
-                                             int warp, int lane) {
+__device__ __forceinline__ void publish_rows(const BwdArgs& a, BwdStorage<T>& s, int tile, int warp,
+                                             int lane) {
   if (lane >= T::kRowsPerWarp) return;
-  const int r = warp * T::kRowsPerWarp + lane;
+  const BwdRow row = find_row<T>(a, s, tile, warp, lane);
+  const int r = warp * T::kRowsPerWarp + lane, buffer = tile & 1;
   int limit = -1, out_row = -1;
   if (row.entry >= 0) {
     const int token = a.space.topk_div.quotient(row.entry);
     const int place = a.space.topk_div.remainder(row.entry, token);
-    limit = min(token - item.diag_token, item.num_keys - 1);
-    out_row = at.partial_row(a.space, token, place, row.h);
+    limit = min(token - s.item.diag_token, s.item.num_keys - 1);
+    out_row = s.at.partial_row(a.space, token, place, row.h);
     if (row.h == 0) a.marks[a.space.group_div.quotient(out_row)] = 1;
-    const int64_t head = at.kv_head * a.space.group + row.h;
+    const int64_t head = s.at.kv_head * a.space.group + row.h;
     device::cp_async_8(device::smem_address(&s.stats[buffer][r]),
                        a.stats + token * a.attn.shape.num_heads_q + head);
   } else {
@@ -112,6 +139,24 @@ __device__ __forceinline__ void publish_rows(const BwdArgs& a, const Item& item,
   }
   s.limit[buffer][r] = limit;
   s.out_row[buffer][r] = out_row;
+}
+
+// acc += A B^T for 16 rows of A and 8 kN rows of B, kCols wide. Two steps at a time: fully unrolled, the
+// loads run so far ahead that accumulators are spilled.
+template <class Element, int kCols, int kN>
+__device__ __forceinline__ void mma_rows(float (&acc)[1][kN][4], uint32_t a, uint32_t b) {
+#pragma unroll 2
+  for (int kk = 0; kk < kCols / 16; ++kk) {
+    uint32_t af[4];
+    device::ldmatrix_x4(af, device::chunk_pair(a, kk));
+#pragma unroll
+    for (int n = 0; n < kN / 2; ++n) {
+      uint32_t bf[4];
+      device::ldmatrix_x4(bf, device::chunk_pair(b, kk) + device::tile_bytes<kCols>(n * 16));
+      device::mma_m16n8k16<Element>(acc[0][2 * n], af, bf[0], bf[1]);
+      device::mma_m16n8k16<Element>(acc[0][2 * n + 1], af, bf[2], bf[3]);
+    }
+  }
 }
 
 // S^T and dP^T of this warp's 16 keys and 32 rows -> P^T and dS^T in shared memory. dP^T takes two steps
@@ -122,7 +167,7 @@ __device__ __forceinline__ void compute_scores(const BwdArgs& a, BwdStorage<T>& 
   using Element = typename T::Element;
   const int key0 = warp % 4 * 16, row0 = warp / 4 * 32;
   float score[1][4][4] = {};
-  device::mma_a_bt<Element, T::kD, T::kD>(
+  mma_rows<Element, T::kD>(
       score,
       device::lane_rows16<T::kD>(device::smem_address(s.k) + device::tile_bytes<T::kD>(key0), lane),
       device::lane_rows8x2<T::kD>(
@@ -131,7 +176,7 @@ __device__ __forceinline__ void compute_scores(const BwdArgs& a, BwdStorage<T>& 
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
     float dp[1][2][4] = {};
-    device::mma_a_bt<Element, T::kDv, T::kDv>(
+    mma_rows<Element, T::kDv>(
         dp,
         device::lane_rows16<T::kDv>(device::smem_address(s.v) + device::tile_bytes<T::kDv>(key0),
                                     lane),
@@ -148,7 +193,9 @@ __device__ __forceinline__ void compute_scores(const BwdArgs& a, BwdStorage<T>& 
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int key = key0 + lane / 4 + e / 2 * 8;
-        const float x = device::exp2_approx(fmaf(score[0][n][e], a.scale_log2, -lse[e % 2]));
+        // P is at most 1; where logits are so large that lse lacks the digits, it may not explode.
+        const float x =
+            device::exp2_approx(fminf(fmaf(score[0][n][e], a.scale_log2, -lse[e % 2]), 0.f));
         p[e] = key <= last[e % 2] ? x : 0.f;
         ds[e] = p[e] * (dp[0][i][e] - delta[e % 2]);
       }
@@ -279,69 +326,65 @@ template <class T>
 __device__ __forceinline__ void load_part(const BwdArgs& a, const Item& item, int kv_head,
                                           BwdStorage<T>& s) {
   using Element = typename T::Element;
+  const int thread = fresh_thread();
   const auto view = [&](const Rows& rows, int chunks) {
     const Element* first = row_pointer16<const Element>(rows, item.key_row, kv_head);
     return device::MatrixView<Element>{first, rows.token_stride, item.num_keys, chunks * 8};
   };
   device::load_tile<T::kKeys, T::kD, T::kThreads>(
-      device::smem_address(s.k), thread_part(view(a.attn.k, a.chunks_qk), threadIdx.x), 0,
-      threadIdx.x);
+      device::smem_address(s.k), thread_part(view(a.attn.k, a.chunks_qk), thread), 0, thread);
   device::load_tile<T::kKeys, T::kDv, T::kThreads>(
-      device::smem_address(s.v), thread_part(view(a.attn.v, a.chunks_v), threadIdx.x), 0,
-      threadIdx.x);
-}
-
-// The same lane, but the compiler does not know: what is computed from it stays inside its phase
-// instead of taking a register for the whole item.
-__device__ __forceinline__ int opaque(int lane) {
-  asm volatile("" : "+r"(lane));
-  return lane;
+      device::smem_address(s.v), thread_part(view(a.attn.v, a.chunks_v), thread), 0, thread);
 }
 
 template <class T>
-__device__ __forceinline__ void process_item(const BwdArgs& a, BwdStorage<T>& s, int warp,
-                                             int lane) {
+__device__ __forceinline__ void process_item(const BwdArgs& a, BwdStorage<T>& s) {
   const Item& item = s.item;
   const ItemRows& at = s.at;
-  const auto gather_q = [&](int stage, const BwdRow& row) {
-    gather_tile<T, T::kD>(device::smem_address(s.q[stage]), a.attn.q, a, at, row, a.chunks_qk, warp,
-                          lane);
+  const auto gather_q = [&](int tile, int warp, int lane) {
+    const int stage = T::kStages == 2 ? tile & 1 : 0;
+    gather_tile<T, T::kD>(device::smem_address(s.q[stage]), a.attn.q, a, at,
+                          find_row<T>(a, s, tile, warp, lane), a.chunks_qk, warp, lane);
   };
-  const auto gather_dout = [&](const BwdRow& row) {
-    gather_tile<T, T::kDv>(device::smem_address(s.dout), a.attn.dout, a, at, row, a.chunks_v, warp,
-                           lane);
+  const auto gather_dout = [&](int tile, int warp, int lane) {
+    gather_tile<T, T::kDv>(device::smem_address(s.dout), a.attn.dout, a, at,
+                           find_row<T>(a, s, tile, warp, lane), a.chunks_v, warp, lane);
   };
   float dk[2 * T::kPairs][4] = {}, dv[2 * T::kPairsV][4] = {};
+  request_entries<T>(a, s, 0, fresh_warp(), fresh_lane());
+  request_entries<T>(a, s, 1, fresh_warp(), fresh_lane());
+  device::cp_async_commit();
   load_part<T>(a, item, at.kv_head, s);
-  BwdRow row = find_row<T>(a, s, 0, warp, lane);
-  gather_q(0, row);
-  gather_dout(row);
-  publish_rows<T>(a, item, at, row, s, 0, warp, lane);
-  row = find_row<T>(a, s, 1, warp, lane);
+  device::cp_async_commit();
+  device::cp_async_wait<1>();
+  __syncwarp();
+  gather_q(0, fresh_warp(), fresh_lane());
+  gather_dout(0, fresh_warp(), fresh_lane());
+  publish_rows<T>(a, s, 0, fresh_warp(), fresh_lane());
 
   for (int tile = 0; tile * T::kRows < at.num_rows; ++tile) {
-    const int buffer = tile & 1, stage = T::kStages == 2 ? buffer : 0;
+    const int stage = T::kStages == 2 ? tile & 1 : 0;
     device::cp_async_commit();
     device::cp_async_wait<0>();
     __syncthreads();  // A
     const bool has_next = (tile + 1) * T::kRows < at.num_rows;
     if (has_next) {
-      if constexpr (T::kStages == 2) gather_q(stage ^ 1, row);
-      publish_rows<T>(a, item, at, row, s, buffer ^ 1, warp, lane);
+      if constexpr (T::kStages == 2) gather_q(tile + 1, fresh_warp(), fresh_lane());
+      publish_rows<T>(a, s, tile + 1, fresh_warp(), fresh_lane());
+      request_entries<T>(a, s, tile + 2, fresh_warp(), fresh_lane());
     }
-    compute_scores<T>(a, s, stage, buffer, warp, opaque(lane));
+    compute_scores<T>(a, s, stage, tile & 1, fresh_warp(), fresh_lane());
     __syncthreads();  // B
-    accumulate_dkv<T>(s, stage, warp, opaque(lane), dk, dv);
+    accumulate_dkv<T>(s, stage, fresh_warp(), fresh_lane(), dk, dv);
     __syncthreads();  // C
-    if (has_next) gather_dout(row);
-    compute_dq<T>(a, s, stage, buffer, warp, opaque(lane));
+    if (has_next) gather_dout(tile + 1, fresh_warp(), fresh_lane());
+    compute_dq<T>(a, s, stage, tile & 1, fresh_warp(), fresh_lane());
     if constexpr (T::kStages == 1) {
       __syncthreads();  // the only stage was read as dQ by everyone
-      if (has_next) gather_q(0, row);
+      if (has_next) gather_q(tile + 1, fresh_warp(), fresh_lane());
     }
-    row = find_row<T>(a, s, tile + 2, warp, lane);
   }
-  store_dkv<T>(a, item, warp, lane, dk, dv);
+  store_dkv<T>(a, item, fresh_warp(), fresh_lane(), dk, dv);
 }
 
 template <class T>
@@ -349,11 +392,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
     selected_attn_bwd_kernel(const __grid_constant__ BwdArgs a) {
   extern __shared__ __align__(1024) unsigned char smem[];
   auto& s = *reinterpret_cast<BwdStorage<T>*>(smem);
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  if (warp == 0) {
-    load_item_prefix(a.list, s.prefix, lane);
+  if (threadIdx.x < kWarpSize) {
+    load_item_prefix(a.list, s.prefix, threadIdx.x);
     __syncwarp();
-    if (lane == 0) s.next_item = fetch_item(a.list, s.prefix, blockIdx.x);
+    if (threadIdx.x == 0) s.next_item = fetch_item(a.list, s.prefix, blockIdx.x);
   }
   for (;;) {
     if (threadIdx.x == 0) {
@@ -365,7 +407,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtasPerSm)
     if (threadIdx.x == 0) {
       s.next_item = fetch_item(a.list, s.prefix, gridDim.x + atomicAdd(a.list.counter, 1));
     }
-    process_item<T>(a, s, warp, lane);
+    process_item<T>(a, s);
     __syncthreads();  // shared memory is free
   }
 }

@@ -1,5 +1,6 @@
 // What the forward kernels of selected attention are given.
 #pragma once
+#include "cuda/device/element.cuh"
 #include "cuda/selected_attn/work_items.cuh"
 #include "params/attention.h"
 
@@ -26,6 +27,32 @@ inline constexpr uint32_t kNoPartial = 0xffffffffu;
 
 // Rows are addressed in units of 16 bytes by 32 bits: 64 GiB.
 inline constexpr uint32_t kNoRow = 0xffffffffu;
+
+// Scaled logits (base 2) beyond this size are subtracted after rounding, s * scale - top, and not in one
+// fused step: there the rounding of `top` alone, up to 2^-12 here, would show in every exponent.
+inline constexpr float kLargeLogit = 4096.f;
+
+// Powers of two by which probabilities are kept below 1, so that the sum over `keys` of them times any
+// values of v stays in range: bf16 values reach the end of fp32, fp16 ones do not.
+template <class Element>
+__device__ constexpr float headroom(int keys) {
+  if (!device::kIsBf16<Element>) return 0.f;
+  float log2_keys = 0.f;
+  for (int n = 1; n < keys; n *= 2) log2_keys += 1.f;
+  return log2_keys;
+}
+
+// Two results to a packed pair. An average of finite values is finite: rounding may not make it inf.
+template <class Element>
+__device__ __forceinline__ uint32_t pack_average(float low, float high) {
+  uint32_t r;
+  if constexpr (device::kIsBf16<Element>) {
+    asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  }
+  return r;
+}
 
 __device__ __forceinline__ uint32_t row_offset16(const Rows& rows, int token, int head) {
   return static_cast<uint32_t>((token * rows.token_stride + head * rows.head_stride) / 8);

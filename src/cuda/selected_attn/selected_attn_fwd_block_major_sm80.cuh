@@ -25,6 +25,7 @@ struct FwdTraits {
   using Element = device::ElementOf<kConfig.dtype>;
   static constexpr int kD = kConfig.head_dim, kDv = kConfig.head_dim_v;
   static constexpr int kTileKeys = 64, kTiles = kConfig.keys / kTileKeys;
+  static constexpr int kSummedKeys = kConfig.keys;  // of one accumulator
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize, kStages = 2;
   static constexpr int kM = kD <= 192 ? 2 : 1, kRows = 16 * kM;
   static constexpr int kKBytes = device::tile_bytes<kD>(kConfig.keys);
@@ -93,15 +94,17 @@ __device__ __forceinline__ void mask_scores(float (&s)[T::kM][8][4], int tile, i
 // Softmax state of a lane's rows: row i * 8 + lane / 4 of the tile, base 2.
 template <class T>
 struct RowState {
-  float top[2 * T::kM];   // running maximum of the scaled scores
+  float top[2 * T::kM];   // running maximum of the scaled scores, plus the headroom
   float sum[2 * T::kM];   // this lane's columns only
   float keep[2 * T::kM];  // what the newest tile's maximum leaves of the older ones
 };
 
+// Updates the maxima; returns the scale that is left to apply to the scores.
 template <class T>
-__device__ __forceinline__ void softmax_tile(const float (&s)[T::kM][8][4], bool is_first,
-                                             float scale_log2, RowState<T>& state,
-                                             uint32_t (&prob)[T::kM][8][2]) {
+__device__ __forceinline__ float update_maxima(float (&s)[T::kM][8][4], bool is_first,
+                                               float scale_log2, RowState<T>& state) {
+  constexpr float kHeadroom = headroom<typename T::Element>(T::kSummedKeys);
+  bool is_large = false;
 #pragma unroll
   for (int i = 0; i < 2 * T::kM; ++i) {
     const int m = i / 2, half = i % 2 * 2;
@@ -109,21 +112,38 @@ __device__ __forceinline__ void softmax_tile(const float (&s)[T::kM][8][4], bool
 #pragma unroll
     for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(s[m][j][half], s[m][j][half + 1]));
     top = device::quad_max(top) * scale_log2;
+    is_large |= fabsf(top) > kLargeLogit && top > -INFINITY;
+    top += kHeadroom;
     // The first key of a part is visible to all rows of its items, so `top` is finite from here on.
     if (!is_first) {
       top = fmaxf(top, state.top[i]);
       state.keep[i] = device::exp2_approx(state.top[i] - top);
     }
+    state.top[i] = top;
+  }
+  if (!__any_sync(kFullMask, is_large)) return scale_log2;
+#pragma unroll
+  for (int i = 0; i < T::kM * 32; ++i) s[i / 32][i / 4 % 8][i % 4] *= scale_log2;
+  return 1.f;
+}
+
+template <class T>
+__device__ __forceinline__ void softmax_tile(float (&s)[T::kM][8][4], bool is_first,
+                                             float scale_log2, RowState<T>& state,
+                                             uint32_t (&prob)[T::kM][8][2]) {
+  const float scale = update_maxima<T>(s, is_first, scale_log2, state);
+#pragma unroll
+  for (int i = 0; i < 2 * T::kM; ++i) {
+    const int m = i / 2, half = i % 2 * 2;
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float p0 = device::exp2_approx(fmaf(s[m][j][half], scale_log2, -top));
-      const float p1 = device::exp2_approx(fmaf(s[m][j][half + 1], scale_log2, -top));
+      const float p0 = device::exp2_approx(fmaf(s[m][j][half], scale, -state.top[i]));
+      const float p1 = device::exp2_approx(fmaf(s[m][j][half + 1], scale, -state.top[i]));
       sum += p0 + p1;
       prob[m][j][i % 2] = device::pack_pair<typename T::Element>(p0, p1);
     }
     state.sum[i] = is_first ? sum : fmaf(state.sum[i], state.keep[i], sum);
-    state.top[i] = top;
   }
 }
 
@@ -184,9 +204,9 @@ __device__ __forceinline__ void attend_tile(uint32_t stage, const PartTiles& par
         const int row = m * 16 + lane / 4;
         const uint32_t at = stage + lane % 4 * 4;
         device::store_shared_u32(at + device::tile_offset<T::kD>(row, column * 8 + j),
-                                 device::pack_pair<Element>(x[0] * a, x[1] * a));
+                                 pack_average<Element>(x[0] * a, x[1] * a));
         device::store_shared_u32(at + device::tile_offset<T::kD>(row + 8, column * 8 + j),
-                                 device::pack_pair<Element>(x[2] * b, x[3] * b));
+                                 pack_average<Element>(x[2] * b, x[3] * b));
       }
     }
   }

@@ -241,9 +241,10 @@ __device__ __forceinline__ void mask_scores(float (&acc)[32], int limit_of_lane,
   }
 }
 
-// Scores -> probabilities as A operands; returns maximum and this lane's sum of both rows.
+// Scores -> probabilities as A operands; returns the maximum that they are relative to and this lane's
+// sum of both rows.
 template <class T>
-__device__ __forceinline__ void softmax(const float (&acc)[32], float scale_log2, float (&top)[2],
+__device__ __forceinline__ void softmax(float (&acc)[32], float scale_log2, float (&top)[2],
                                         float (&sum)[2], uint32_t (&prob)[4][4]) {
   top[0] = top[1] = -INFINITY;
   sum[0] = sum[1] = 0.f;
@@ -251,11 +252,19 @@ __device__ __forceinline__ void softmax(const float (&acc)[32], float scale_log2
   for (int i = 0; i < 32; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], acc[i]);
   top[0] = device::quad_max(top[0]) * scale_log2;
   top[1] = device::quad_max(top[1]) * scale_log2;
+  float scale = scale_log2;
+  if (__any_sync(kFullMask, fmaxf(fabsf(top[0]), fabsf(top[1])) > kLargeLogit)) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) acc[i] *= scale_log2;
+    scale = 1.f;
+  }
+  top[0] += headroom<typename T::Element>(T::kKeys);
+  top[1] += headroom<typename T::Element>(T::kKeys);
 #pragma unroll
   for (int i = 0; i < 32; i += 2) {
     const int half = i / 2 % 2;
-    const float p0 = device::exp2_approx(fmaf(acc[i], scale_log2, -top[half]));
-    const float p1 = device::exp2_approx(fmaf(acc[i + 1], scale_log2, -top[half]));
+    const float p0 = device::exp2_approx(fmaf(acc[i], scale, -top[half]));
+    const float p1 = device::exp2_approx(fmaf(acc[i + 1], scale, -top[half]));
     sum[half] += p0 + p1;
     prob[i / 8][i / 2 % 4] = device::pack_pair<typename T::Element>(p0, p1);
   }
@@ -271,10 +280,10 @@ __device__ __forceinline__ void write_tile(const FwdArgs& a, uint32_t here, uint
   for (int j = 0; j < 8; ++j) {  // 16 columns: two 8 x 8 column groups x two row halves
     const float* x = o + j * 8;
     device::stmatrix_x4(here + lane % 16 * T::kPitch + j * 32 + lane / 16 * 16,
-                        device::pack_pair<Element>(x[0] * scale0, x[1] * scale0),
-                        device::pack_pair<Element>(x[2] * scale1, x[3] * scale1),
-                        device::pack_pair<Element>(x[4] * scale0, x[5] * scale0),
-                        device::pack_pair<Element>(x[6] * scale1, x[7] * scale1));
+                        pack_average<Element>(x[0] * scale0, x[1] * scale0),
+                        pack_average<Element>(x[2] * scale1, x[3] * scale1),
+                        pack_average<Element>(x[4] * scale0, x[5] * scale0),
+                        pack_average<Element>(x[6] * scale1, x[7] * scale1));
   }
   __syncwarp();
   uint4 chunk[T::kRows / 2];

@@ -1,55 +1,45 @@
-// selected_attn_fwd, query-major, mma.sync: one CTA a query token and KV head.
+// selected_attn_fwd, query-major, mma.sync: one CTA a query token and KV head, for large groups.
 //
-// Math    o = softmax(softmax_scale * q K^T) V over the visible keys of the row of topk_idx, for up to
-//         16 heads of the group; lse in natural logarithm. A row without visible keys: o = 0, lse = -inf.
-// Shapes  params/attention.h; head dims up to the row's, padded with zeros in shared memory.
-// Tiles   grid (tokens, KV heads, groups of 16 heads), 4 warps. The row of topk_idx becomes a list of
-//         key tiles (up to 64 keys) in shared memory. K and V tiles come in two stages; warp w takes
-//         keys 16 w .. of each with a softmax of its own, and the four results are merged at the end.
-// Memory  Q + 2 x (K + V): 68 KiB at head dims 128, 136 KiB at 256.
-// Bound   the L2: 2 * (D + Dv) bytes a key are read for 16 heads. For few queries it wins over
-//         block-major, because it is one launch without index, partial rows and merge.
+// Math    o = softmax(softmax_scale * q K^T) V over the visible keys of the row of topk_idx; lse in
+//         natural logarithm. A row without visible keys: o = 0, lse = -inf.
+// Shapes  params/attention.h; up to 64 heads a group; head dims up to the row's, padded with zeros in
+//         shared memory.
+// Tiles   grid (tokens, KV heads), 4 warps. Warp w owns heads 16 w .. 16 w + 15 of the group. The blocks of
+//         the row become a list in shared memory; K and V come in tiles of 64 keys, two stages, and all
+//         warps read the same tile.
+// Memory  Q + 2 x (K + V): 80 KiB at head dims 128, 160 KiB at 256.
+// Bound   the L2: 2 * (D + Dv) bytes a key for G heads, so G FLOP a byte; block-major moves a fixed
+//         516 bytes a head and block through memory instead. Measured: docs/kernels/selected_attn.md.
 #pragma once
 #include "base/cuda_check.h"
-#include "base/math.h"
 #include "cuda/device/packing.cuh"
 #include "cuda/device/scan.cuh"
-#include "cuda/device/softmax.cuh"
-#include "cuda/device/tile_sm80.cuh"
-#include "params/attention.h"
-#include "plan/selected_attn_table.h"
+#include "cuda/selected_attn/selected_attn_fwd_block_major_sm80.cuh"
 
 namespace fsattn::selected {
-
-using device::kFullMask;
-using device::kWarpSize;
 
 template <SelectedAttnFwdConfig kConfig>
 struct QueryMajorTraits {
   using Element = device::ElementOf<kConfig.dtype>;
   static constexpr int kD = kConfig.head_dim, kDv = kConfig.head_dim_v;
-  static constexpr int kKeys = 64, kRows = 16, kWarps = 4, kThreads = kWarps * kWarpSize;
-  static constexpr int kMaxTopk = 128, kMaxTiles = kMaxTopk * 256 / kKeys;
+  static constexpr int kTileKeys = 64, kTiles = 1;
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
+  static constexpr int kM = 1, kRows = 64, kMaxTopk = 128, kSummedKeys = kMaxTopk * 256;
 };
 
-struct KeyTile {
+// The visible keys of one block: they start at the block's first key.
+struct VisibleBlock {
   int row;    // of k and v
-  int count;  // visible keys; 0 behind the last tile
+  int count;  // 0 behind the last block
 };
 
 template <class T>
 struct QueryMajorStorage {
   uint4 q[T::kRows * T::kD / 8];
-  union {
-    struct {
-      uint4 k[2][T::kKeys * T::kD / 8], v[2][T::kKeys * T::kDv / 8];
-    };
-    float o[T::kWarps][T::kRows][T::kDv];  // unnormalised, against the warp's own maximum
-  };
-  float max[T::kWarps][T::kRows], sum[T::kWarps][T::kRows];
+  uint4 k[2][T::kTileKeys * T::kD / 8], v[2][T::kTileKeys * T::kDv / 8];
   int ids[T::kMaxTopk];
+  VisibleBlock blocks[T::kMaxTopk + 1];
   int warp_sums[kWarpSize];
-  KeyTile tiles[T::kMaxTiles + 1];
 };
 
 struct QueryMajorArgs {
@@ -58,10 +48,10 @@ struct QueryMajorArgs {
   float scale_log2;
 };
 
-// Visible keys of the block that thread j's place of the row names; 0 when it does not count.
+// The block that thread j's place of the row names; empty when it does not count.
 template <class T>
-__device__ __forceinline__ KeyTile find_block(const QueryMajorArgs& a, QueryMajorStorage<T>& s,
-                                              int token, int kv_head) {
+__device__ __forceinline__ VisibleBlock find_block(const QueryMajorArgs& a, QueryMajorStorage<T>& s,
+                                                   int token, int kv_head) {
   const Packing& packing = a.attn.packing;
   const int topk = static_cast<int>(a.mask.topk), j = threadIdx.x;
   if (j < topk) {
@@ -81,167 +71,167 @@ __device__ __forceinline__ KeyTile find_block(const QueryMajorArgs& a, QueryMajo
   return {static_cast<int>(k0 + first), static_cast<int>(min(end - first, a.mask.block_size))};
 }
 
-// Fills s.tiles, closed by an empty one.
+// Fills s.blocks in the order of the row, closed by an empty one.
 template <class T>
-__device__ __forceinline__ void list_tiles(const QueryMajorArgs& a, QueryMajorStorage<T>& s,
-                                           int token, int kv_head) {
-  const KeyTile block = find_block<T>(a, s, token, kv_head);
-  const int pieces = ceil_div(block.count, T::kKeys);
+__device__ __forceinline__ void list_blocks(const QueryMajorArgs& a, QueryMajorStorage<T>& s,
+                                            int token, int kv_head) {
+  const VisibleBlock block = find_block<T>(a, s, token, kv_head);
   int total;
-  const int at = device::cta_exclusive_scan(pieces, s.warp_sums, total);
-  for (int i = 0; i < pieces; ++i) {
-    s.tiles[at + i] = {block.row + i * T::kKeys, min(T::kKeys, block.count - i * T::kKeys)};
-  }
-  if (threadIdx.x == 0) s.tiles[total] = {0, 0};
+  const int at = device::cta_exclusive_scan(block.count > 0, s.warp_sums, total);
+  if (block.count > 0) s.blocks[at] = block;
+  if (threadIdx.x == 0) s.blocks[total] = {0, 0};
   __syncthreads();
 }
 
-template <class T>
-__device__ __forceinline__ void load_tiles(const QueryMajorArgs& a, QueryMajorStorage<T>& s,
-                                           const KeyTile& tile, int stage, int kv_head) {
-  using Element = typename T::Element;
-  const auto load = [&](const Rows& rows, int64_t dim) {
-    const Element* first = static_cast<const Element*>(rows.data) + tile.row * rows.token_stride +
-                           kv_head * rows.head_stride;
-    const device::MatrixView<Element> view{first, rows.token_stride, tile.count,
-                                           static_cast<int>(dim)};
-    return device::thread_part(view, threadIdx.x);
-  };
-  device::load_tile<T::kKeys, T::kD, T::kThreads>(
-      device::smem_address(s.k[stage]), load(a.attn.k, a.attn.shape.head_dim), 0, threadIdx.x);
-  device::load_tile<T::kKeys, T::kDv, T::kThreads>(
-      device::smem_address(s.v[stage]), load(a.attn.v, a.attn.shape.head_dim_v), 0, threadIdx.x);
-}
+// Walks over the tiles of the listed blocks.
+struct TileWalk {
+  int block = 0;
+  int key = 0;  // first key of the tile in its block
 
-// The 16 keys of this warp in one tile.
-template <class T>
-__device__ __forceinline__ void attend_keys(const QueryMajorArgs& a, QueryMajorStorage<T>& s,
-                                            int stage, int count, int warp, int lane,
-                                            device::OnlineSoftmax<1>& softmax,
-                                            float (&o)[1][T::kDv / 8][4]) {
-  using Element = typename T::Element;
-  float score[1][2][4] = {};
-  const uint32_t k = device::smem_address(s.k[stage]) + device::tile_bytes<T::kD>(warp * 16);
-  device::mma_a_bt<Element, T::kD, T::kD>(
-      score, device::lane_rows16<T::kD>(device::smem_address(s.q), lane),
-      device::lane_rows8x2<T::kD>(k, lane));
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (warp * 16 + n * 8 + lane % 4 * 2 + e % 2 >= count) score[0][n][e] = -INFINITY;
+  template <class T>
+  __device__ __forceinline__ VisibleBlock tile(const QueryMajorStorage<T>& s) const {
+    const VisibleBlock b = s.blocks[block];
+    return {b.row + key, min(b.count - key, T::kTileKeys)};
+  }
+  template <class T>
+  __device__ __forceinline__ void advance(const QueryMajorStorage<T>& s) {
+    key += T::kTileKeys;
+    if (key >= s.blocks[block].count) {
+      ++block;
+      key = 0;
     }
   }
-  uint32_t p[1][2][2];
-  softmax.template step<Element>(score, p, o, a.scale_log2);
-  const uint32_t v = device::smem_address(s.v[stage]) + device::tile_bytes<T::kDv>(warp * 16);
-  device::mma_p_b<Element, T::kDv>(o, p, device::lane_rows16<T::kDv>(v, lane));
+};
+
+template <class T, int kRows, int kCols>
+__device__ __forceinline__ void load_rows(const void* first, int64_t stride, int rows, int64_t cols,
+                                          const uint4* tile) {
+  using Element = typename T::Element;
+  const device::MatrixView<Element> view{static_cast<const Element*>(first), stride, rows,
+                                         static_cast<int>(cols)};
+  device::load_tile<kRows, kCols, T::kThreads>(
+      device::smem_address(tile), device::thread_part(view, threadIdx.x), 0, threadIdx.x);
 }
 
-// The warp's state -> shared memory.
 template <class T>
-__device__ __forceinline__ void publish(QueryMajorStorage<T>& s, int warp, int lane,
-                                        const device::OnlineSoftmax<1>& softmax,
-                                        const float (&o)[1][T::kDv / 8][4]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = half * 8 + lane / 4;
-    const float sum = device::quad_sum(softmax.sum[half]);
-    if (lane % 4 == 0) {
-      s.max[warp][row] = softmax.max[half];
-      s.sum[warp][row] = sum;
-    }
-#pragma unroll
-    for (int n = 0; n < T::kDv / 8; ++n) {
-      *reinterpret_cast<float2*>(&s.o[warp][row][n * 8 + lane % 4 * 2]) = {o[0][n][2 * half],
-                                                                           o[0][n][2 * half + 1]};
-    }
-  }
-}
-
-// Merges the four warps in order and writes o and lse of the CTA's heads.
-template <class T>
-__device__ __forceinline__ void write_rows(const QueryMajorArgs& a, const QueryMajorStorage<T>& s,
-                                           int token, int head0, int num_heads) {
+__device__ __forceinline__ void load_keys(const QueryMajorArgs& a, QueryMajorStorage<T>& s,
+                                          const VisibleBlock& tile, int stage, int kv_head) {
   using Element = typename T::Element;
   const AttnFwdTensors& t = a.attn;
-  const int chunks = static_cast<int>(t.shape.head_dim_v / 8);
-  for (int c = threadIdx.x; c < num_heads * chunks; c += T::kThreads) {
-    const int row = c / chunks, chunk = c - row * chunks;
-    float top = -INFINITY;
-    for (int w = 0; w < T::kWarps; ++w) top = fmaxf(top, s.max[w][row]);
-    // No visible key: every sum is 0, and a shift of 0 keeps the weights numbers.
-    const float shift = top == -INFINITY ? 0.f : top;
-    float sum = 0.f, x[8] = {};
-    for (int w = 0; w < T::kWarps; ++w) {
-      const float weight = exp2f(s.max[w][row] - shift);
-      sum = fmaf(weight, s.sum[w][row], sum);
+  const auto first = [&](const Rows& rows) {
+    return static_cast<const Element*>(rows.data) + tile.row * rows.token_stride +
+           kv_head * rows.head_stride;
+  };
+  load_rows<T, T::kTileKeys, T::kD>(first(t.k), t.k.token_stride, tile.count, t.shape.head_dim,
+                                    s.k[stage]);
+  load_rows<T, T::kTileKeys, T::kDv>(first(t.v), t.v.token_stride, tile.count, t.shape.head_dim_v,
+                                     s.v[stage]);
+}
+
+// One tile of keys for this warp's 16 heads.
+template <class T>
+__device__ __forceinline__ void attend_keys(const QueryMajorArgs& a, QueryMajorStorage<T>& s,
+                                            int stage, int count, bool is_first, int warp, int lane,
+                                            RowState<T>& state, float (&o)[1][T::kDv / 8][4]) {
+  using Element = typename T::Element;
+  float score[1][8][4] = {};
+  const uint32_t q = device::smem_address(s.q) + device::tile_bytes<T::kD>(warp * 16);
+  device::mma_a_bt<Element, T::kD, T::kD>(
+      score, device::lane_rows16<T::kD>(q, lane),
+      device::lane_rows8x2<T::kD>(device::smem_address(s.k[stage]), lane));
+  if (count < T::kTileKeys) mask_scores<T>(score, 0, count - 1, lane);
+  uint32_t p[1][8][2];
+  softmax_tile<T>(score, is_first, a.scale_log2, state, p);
+  if (!is_first) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = fmaf(weight, s.o[w][row][chunk * 8 + i], x[i]);
+    for (int i = 0; i < T::kDv / 2; ++i) o[0][i / 4][i % 4] *= state.keep[i % 4 / 2];
+  }
+  device::mma_p_b<Element, T::kDv>(
+      o, p, device::lane_rows16<T::kDv>(device::smem_address(s.v[stage]), lane));
+}
+
+// Normalises and writes o and lse of the warp's heads, through the shared memory of their queries.
+template <class T>
+__device__ __forceinline__ void write_heads(const QueryMajorArgs& a, QueryMajorStorage<T>& s,
+                                            int token, int head0, int num_heads, bool is_empty,
+                                            int warp, int lane, const RowState<T>& state,
+                                            const float (&o)[1][T::kDv / 8][4]) {
+  using Element = typename T::Element;
+  const AttnFwdTensors& t = a.attn;
+  const uint32_t stage = device::smem_address(s.q) + device::tile_bytes<T::kD>(warp * 16);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float sum = is_empty ? 0.f : device::quad_sum(state.sum[half]);
+    const float inverse = is_empty ? 0.f : 1.f / sum;
+    const int row = half * 8 + lane / 4;
+#pragma unroll
+    for (int n = 0; n < T::kDv / 8; ++n) {
+      device::store_shared_u32(
+          stage + device::tile_offset<T::kD>(row, n) + lane % 4 * 4,
+          pack_average<Element>(o[0][n][2 * half] * inverse, o[0][n][2 * half + 1] * inverse));
     }
-    const float inverse = sum > 0.f ? 1.f / sum : 0.f;
-    Element* o = static_cast<Element*>(t.o.data) + token * t.o.token_stride +
-                 (head0 + row) * t.o.head_stride;
-    uint4 packed;
-    packed.x = device::pack_pair<Element>(x[0] * inverse, x[1] * inverse);
-    packed.y = device::pack_pair<Element>(x[2] * inverse, x[3] * inverse);
-    packed.z = device::pack_pair<Element>(x[4] * inverse, x[5] * inverse);
-    packed.w = device::pack_pair<Element>(x[6] * inverse, x[7] * inverse);
-    reinterpret_cast<uint4*>(o)[chunk] = packed;
-    if (chunk == 0) {
-      static_cast<float*>(t.lse.data)[(head0 + row) * t.lse.head_stride + token] =
-          sum > 0.f ? (top + log2f(sum)) * device::kLn2 : -INFINITY;
+    if (lane % 4 == 0 && warp * 16 + row < num_heads) {
+      static_cast<float*>(t.lse.data)[(head0 + warp * 16 + row) * t.lse.head_stride + token] =
+          is_empty ? -INFINITY : (state.top[half] + log2f(sum)) * device::kLn2;
     }
+  }
+  __syncwarp();
+  const int chunks = static_cast<int>(t.shape.head_dim_v / 8),
+            rows = min(16, num_heads - warp * 16);
+  for (int c = lane; c < rows * chunks; c += kWarpSize) {
+    const int row = c / chunks, chunk = c - row * chunks;
+    Element* to = static_cast<Element*>(t.o.data) + token * t.o.token_stride +
+                  (head0 + warp * 16 + row) * t.o.head_stride;
+    reinterpret_cast<uint4*>(to)[chunk] =
+        device::load_shared_u128(stage + device::tile_offset<T::kD>(row, chunk));
   }
 }
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads)
     selected_attn_fwd_query_major_kernel(const __grid_constant__ QueryMajorArgs a) {
-  using Element = typename T::Element;
   extern __shared__ __align__(1024) unsigned char smem[];
   auto& s = *reinterpret_cast<QueryMajorStorage<T>*>(smem);
+  const AttnFwdTensors& t = a.attn;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int token = blockIdx.x, kv_head = blockIdx.y;
-  const int group = static_cast<int>(a.attn.shape.group_size());
-  const int first = blockIdx.z * T::kRows, num_heads = min(T::kRows, group - first);
-  const int head0 = kv_head * group + first;
-  list_tiles<T>(a, s, token, kv_head);
-
-  const Element* q = static_cast<const Element*>(a.attn.q.data) + token * a.attn.q.token_stride +
-                     head0 * a.attn.q.head_stride;
-  const device::MatrixView<Element> queries{q, a.attn.q.head_stride, num_heads,
-                                            static_cast<int>(a.attn.shape.head_dim)};
-  device::load_tile<T::kRows, T::kD, T::kThreads>(
-      device::smem_address(s.q), device::thread_part(queries, threadIdx.x), 0, threadIdx.x);
-  load_tiles<T>(a, s, s.tiles[0], 0, kv_head);
+  const int num_heads = static_cast<int>(t.shape.group_size()), head0 = kv_head * num_heads;
+  list_blocks<T>(a, s, token, kv_head);
+  const auto* q = static_cast<const typename T::Element*>(t.q.data) + token * t.q.token_stride +
+                  head0 * t.q.head_stride;
+  load_rows<T, T::kRows, T::kD>(q, t.q.head_stride, num_heads, t.shape.head_dim, s.q);
+  TileWalk next;
+  const bool is_empty = s.blocks[0].count == 0;
+  VisibleBlock tile = next.tile(s);
+  if (!is_empty) load_keys<T>(a, s, tile, 0, kv_head);
   device::cp_async_commit();
-  device::OnlineSoftmax<1> softmax;
-  softmax.init();
+  RowState<T> state;
   float o[1][T::kDv / 8][4] = {};
-  for (int i = 0; s.tiles[i].count > 0; ++i) {
-    const int stage = i & 1;
-    if (s.tiles[i + 1].count > 0) load_tiles<T>(a, s, s.tiles[i + 1], stage ^ 1, kv_head);
+  for (int i = 0; tile.count > 0; ++i) {
+    next.advance(s);
+    const VisibleBlock next_tile = next.tile(s);
+    if (next_tile.count > 0) load_keys<T>(a, s, next_tile, (i & 1) ^ 1, kv_head);
     device::cp_async_commit();
     device::cp_async_wait<1>();
     __syncthreads();  // tile i has landed for everyone
-    if (warp * 16 < s.tiles[i].count) {
-      attend_keys<T>(a, s, stage, s.tiles[i].count, warp, lane, softmax, o);
+    if (warp * 16 < num_heads) {
+      attend_keys<T>(a, s, i & 1, tile.count, i == 0, warp, lane, state, o);
     }
     __syncthreads();  // the stage may be refilled
+    tile = next_tile;
   }
   device::cp_async_wait<0>();
-  __syncthreads();  // the tiles make room for the results
-  publish<T>(s, warp, lane, softmax, o);
-  __syncthreads();
-  write_rows<T>(a, s, token, head0, num_heads);
+  __syncthreads();  // without keys, the queries may still be landing
+  if (warp * 16 < num_heads) {
+    write_heads<T>(a, s, token, head0, num_heads, is_empty, warp, lane, state, o);
+  }
 }
 
 template <SelectedAttnFwdConfig kConfig>
 void run_fwd_query_major(const SelectedAttnFwdParams& params, cudaStream_t stream) {
   using T = QueryMajorTraits<kConfig>;
   const AttnFwdTensors& t = params.attn;
-  FSATTN_ASSERT(params.mask.topk <= T::kMaxTopk);
+  FSATTN_ASSERT(params.mask.topk <= T::kMaxTopk && t.shape.group_size() <= T::kRows);
   const QueryMajorArgs a{t, params.mask,
                          static_cast<float>(t.shape.softmax_scale) * device::kLog2E};
   constexpr int kBytes = sizeof(QueryMajorStorage<T>);
@@ -249,8 +239,7 @@ void run_fwd_query_major(const SelectedAttnFwdParams& params, cudaStream_t strea
   FSATTN_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   const dim3 grid(static_cast<unsigned>(t.packing.total_q),
-                  static_cast<unsigned>(t.shape.num_heads_kv),
-                  static_cast<unsigned>(ceil_div<int64_t>(t.shape.group_size(), T::kRows)));
+                  static_cast<unsigned>(t.shape.num_heads_kv));
   kernel<<<grid, T::kThreads, kBytes, stream>>>(a);
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }

@@ -44,7 +44,7 @@ __device__ __forceinline__ float2 reduce_lse(const float* lse, int count, int64_
 }
 
 template <class Element, int kLanes>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 3)
     selected_attn_merge_kernel(const __grid_constant__ FwdArgs a) {
   constexpr int kUnroll = 8;
   const RowSpace& space = a.space;
@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(kMergeThreads)
     Element* o =
         static_cast<Element*>(a.o.data) + token * a.o.token_stride + head * a.o.head_stride;
     reinterpret_cast<uint4*>(o)[lane] = {
-        device::pack_pair<Element>(acc[0], acc[1]), device::pack_pair<Element>(acc[2], acc[3]),
-        device::pack_pair<Element>(acc[4], acc[5]), device::pack_pair<Element>(acc[6], acc[7])};
+        pack_average<Element>(acc[0], acc[1]), pack_average<Element>(acc[2], acc[3]),
+        pack_average<Element>(acc[4], acc[5]), pack_average<Element>(acc[6], acc[7])};
   }
   if (lane == 0) {
     static_cast<float*>(a.lse.data)[head * a.lse.head_stride + token] =
