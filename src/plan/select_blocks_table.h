@@ -44,6 +44,8 @@ inline constexpr int kSelectMaxHalo = 64;  // windows before a step that its fir
 inline constexpr int kSelectScorePitch =
     kSelectTileKv + 4;  // floats; rows start in different banks
 
+inline constexpr int kSelectSetupBytes = 128;  // these offsets and the call's numbers, at offset 0
+
 // Shared memory of a CTA; offsets in bytes. The scores of a step take the place of the queries, unless
 // these stay.
 struct SelectBlocksSmem {
@@ -58,7 +60,7 @@ constexpr SelectBlocksSmem select_blocks_smem(const SelectBlocksConfig& config, 
   const int q_bytes = config.tile_q * config.head_dim * 2;
   const int score_bytes = config.tile_q * kSelectScorePitch * 4;
   SelectBlocksSmem s{};
-  s.k = 0;
+  s.k = kSelectSetupBytes;
   s.q = s.k + kSelectTileKv * config.head_dim * 2;
   s.score = config.keeps_q ? s.q + q_bytes : s.q;
   s.halo = config.keeps_q ? s.score + score_bytes : s.q + std::max(2 * q_bytes, score_bytes);

@@ -66,9 +66,9 @@ struct SelectGeometry {
 
 // Where the competition of one query takes place.
 struct SelectRow {
-  int query_block;  // -1: the query selects nothing
+  int num_blocks;   // blocks that the query may select; 0: none
   int num_init;     // blocks 0 .. num_init - 1 are taken
-  int local_begin;  // blocks local_begin .. query_block compete for nothing: the last num_local are taken
+  int local_begin;  // blocks from here on compete for nothing: the last num_local are taken
   int num_local;
   int room;  // blocks that the ranking may take
 };
@@ -76,11 +76,12 @@ struct SelectRow {
 __device__ __forceinline__ SelectRow select_row(const SelectGeometry& g, const SelectWork& work,
                                                 int row) {
   const int position = work.position + row;
+  const int query_block = position < 0 ? -1 : position / g.block_size;
   SelectRow r;
-  r.query_block = position < 0 ? -1 : min(position / g.block_size, work.num_blocks - 1);
-  r.num_init = min(min(g.init_blocks, r.query_block + 1), g.topk);
-  r.local_begin = max(r.query_block + 1 - g.local_blocks, r.num_init);
-  r.num_local = min(max(r.query_block + 1 - r.local_begin, 0), g.topk - r.num_init);
+  r.num_blocks = min(query_block + 1, work.num_blocks);
+  r.num_init = min(min(g.init_blocks, r.num_blocks), g.topk);
+  r.local_begin = min(max(query_block + 1 - g.local_blocks, r.num_init), r.num_blocks);
+  r.num_local = min(r.num_blocks - r.local_begin, g.topk - r.num_init);
   r.room = g.topk - r.num_init - r.num_local;
   return r;
 }
@@ -191,33 +192,63 @@ struct alignas(16) RankState {
   int count;       // keys in the buffer
 };
 
-struct RankRow {
-  WarpTopK best;
-  RankKey* threshold;  // the worst key that still counts
-  RankState* state;
+extern __shared__ __align__(128) unsigned char select_smem[];
+
+// Shared memory of a CTA as typed arrays. Addresses are formed where they are used: kept in registers
+// they would make the products spill.
+struct SelectMemory {
+  const SelectBlocksSmem& at;
+  const SelectGeometry& g;
+
+  __device__ uint32_t k() const { return smem_address(select_smem) + at.k; }
+  __device__ uint32_t q() const { return smem_address(select_smem) + at.q; }
+  __device__ float* score(int row) const {
+    return reinterpret_cast<float*>(select_smem + at.score) + row * kSelectScorePitch;
+  }
+  __device__ float* halo(int row) const {
+    return reinterpret_cast<float*>(select_smem + at.halo) + row * round_up(g.overlap - 1, 2);
+  }
+  __device__ WarpTopK best(int row) const {
+    const int capacity = round_up(g.topk, kWarpSize);
+    return {reinterpret_cast<RankKey*>(select_smem + at.list) + row * capacity, buffer(row),
+            capacity};
+  }
+  __device__ RankKey* buffer(int row) const {
+    return reinterpret_cast<RankKey*>(select_smem + at.buffer) + row * kSelectBuffer;
+  }
+  // The worst key of the row that still counts.
+  __device__ RankKey* threshold(int row) const {
+    return reinterpret_cast<RankKey*>(select_smem + at.threshold) + row;
+  }
+  __device__ RankState* state(int row) const {
+    return reinterpret_cast<RankState*>(select_smem + at.state) + row;
+  }
 };
 
-// Not inlined: the lane masks of the sorting network would be kept in registers through the products.
-static __device__ __noinline__ void merge_row(RankRow row, int lane) {
-  row.best.merge(row.state->count, lane);
-  if (lane == 0) {
-    const int room = row.state->room;
-    *row.threshold = room == 0 ? ~RankKey{0} : row.best.list[room - 1];
-    row.state->count = 0;
-  }
-  __syncwarp();
+// A copy of the kernel's parameters at offset 0 of shared memory, for the functions that are not
+// inlined and cannot see them.
+struct SelectSetup {
+  SelectBlocksSmem at;
+  SelectGeometry g;
+};
+static_assert(sizeof(SelectSetup) <= kSelectSetupBytes);
+
+__device__ __forceinline__ SelectSetup& select_setup() {
+  return *reinterpret_cast<SelectSetup*>(select_smem);
 }
 
-// Takes the keys of the lanes in `winners`, at least one, into the row.
-__device__ __forceinline__ void take(const RankRow& row, RankKey key, unsigned winners, int lane) {
-  if (row.state->count + __popc(winners) > kSelectBuffer) {
-    merge_row(row, lane);
-    winners = __ballot_sync(kFullMask, key > *row.threshold);
+// Merges the `count` keys of the row's buffer into its list. Not inlined: the lane masks of the sorting
+// network would be kept in registers through the products.
+static __device__ __noinline__ void merge_row(int row, int count, int lane) {
+  const SelectMemory memory{select_setup().at, select_setup().g};
+  const WarpTopK best = memory.best(row);
+  __syncwarp();  // the keys of all lanes are in the buffer
+  best.merge(count, lane);
+  if (lane == 0) {
+    const int room = memory.state(row)->room;
+    *memory.threshold(row) = room == 0 ? ~RankKey{0} : best.list[room - 1];
+    memory.state(row)->count = 0;
   }
-  const int count = row.state->count;
-  if (winners >> lane & 1) row.best.buffer[count + __popc(winners & ((1u << lane) - 1))] = key;
-  __syncwarp();
-  if (lane == 0) row.state->count = count + __popc(winners);
   __syncwarp();
 }
 
@@ -238,110 +269,94 @@ __device__ __forceinline__ void write_row(int32_t* out, const SelectRow& row, co
   const int total = row.num_init + ranked + row.num_local;
   for (int i = lane; i < topk; i += kWarpSize) {
     if (i < row.num_init) out[i] = i;
-    if (i >= row.num_init + ranked) out[i] = i < total ? row.query_block + 1 - (total - i) : -1;
+    if (i >= row.num_init + ranked) out[i] = i < total ? row.num_blocks - (total - i) : -1;
   }
 }
-
-// Shared memory of a CTA as typed arrays. Addresses are formed where they are used: kept in registers
-// they would make the loop spill.
-struct SelectMemory {
-  unsigned char* smem;
-  const SelectBlocksSmem& at;
-  const SelectGeometry& g;
-
-  __device__ uint32_t k() const { return smem_address(smem) + at.k; }
-  __device__ uint32_t q() const { return smem_address(smem) + at.q; }
-  __device__ float* score(int row) const {
-    return reinterpret_cast<float*>(smem + at.score) + row * kSelectScorePitch;
-  }
-  __device__ float* halo(int row) const {
-    return reinterpret_cast<float*>(smem + at.halo) + row * round_up(g.overlap - 1, 2);
-  }
-  __device__ RankRow row(int i) const {
-    const int capacity = round_up(g.topk, kWarpSize);
-    return {
-        {reinterpret_cast<RankKey*>(smem + at.list) + i * capacity,
-         reinterpret_cast<RankKey*>(smem + at.buffer) + i * kSelectBuffer, capacity},
-        reinterpret_cast<RankKey*>(smem + at.threshold) + i,
-        reinterpret_cast<RankState*>(smem + at.state) + i
-    };
-  }
-};
 
 template <class Traits>
 __device__ void clear_rows(const SelectMemory& memory, const SelectGeometry& g,
                            const SelectWork& work, int warp, int lane) {
   for (int i = warp * Traits::kRowsPerWarp; i < (warp + 1) * Traits::kRowsPerWarp; ++i) {
-    const RankRow row = memory.row(i);
-    row.best.clear(lane);
+    memory.best(i).clear(lane);
     for (int c = lane; c < g.overlap - 1; c += kWarpSize) memory.halo(i)[c] = 0.f;
     if (lane == 0) {
       const SelectRow at = select_row(g, work, i);
       const bool is_query = i < work.num_queries;
-      *row.state = {is_query ? at.num_init : 0, is_query ? at.local_begin : 0, at.room, 0};
-      *row.threshold = at.room == 0 ? ~RankKey{0} : 0;
+      *memory.state(i) = {is_query ? at.num_init : 0, is_query ? at.local_begin : 0, at.room, 0};
+      *memory.threshold(i) = at.room == 0 ? ~RankKey{0} : 0;
     }
   }
   __syncwarp();
 }
 
-// Ranks block `first_block + base + lane` for kRows queries from `first_row` on. All scores are formed
-// before the first is compared: one query after the other, the warp would wait for shared memory.
+// Ranks one block a lane for kRows queries from `first_row` on. All scores are formed before the first
+// is compared: one query after the other, the warp would wait for shared memory.
 template <int kRows, bool kIsUsual>
-__device__ __forceinline__ void rank_blocks(const SelectMemory& memory, const SelectGeometry& g,
-                                            int first_row, int first_block, int block_in_step,
-                                            bool is_block, int lane) {
+__device__ __forceinline__ void rank_blocks(const SelectMemory& memory, int first_row,
+                                            int first_block, int block_in_step, bool is_block,
+                                            int lane) {
   const int block = first_block + block_in_step;
   RankKey key[kRows];
   unsigned winners[kRows];
+  int counts[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    const RankState state = *memory.row(first_row + i).state;
+    const RankState state = *memory.state(first_row + i);
     const bool competes = is_block && block >= state.begin && block < state.end;
-    const float score = block_score<kIsUsual>(g, memory.score(first_row + i),
+    const float score = block_score<kIsUsual>(memory.g, memory.score(first_row + i),
                                               memory.halo(first_row + i), block_in_step);
     key[i] = competes ? rank_key(score, block) : 0;
-    winners[i] = __ballot_sync(kFullMask, key[i] > *memory.row(first_row + i).threshold);
+    counts[i] = state.count;
+    winners[i] = __ballot_sync(kFullMask, key[i] > *memory.threshold(first_row + i));
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    if (winners[i] != 0) take(memory.row(first_row + i), key[i], winners[i], lane);
+    if (winners[i] == 0) continue;
+    const int row = first_row + i;
+    if (counts[i] + __popc(winners[i]) > kSelectBuffer) {
+      merge_row(row, counts[i], lane);
+      counts[i] = 0;
+      winners[i] = __ballot_sync(kFullMask, key[i] > *memory.threshold(row));
+    }
+    const int place = counts[i] + __popc(winners[i] & ((1u << lane) - 1));
+    if (winners[i] >> lane & 1) memory.buffer(row)[place] = key[i];
+    if (lane == 0) memory.state(row)->count = counts[i] + __popc(winners[i]);
   }
+  __syncwarp();
 }
 
 // Ranks the blocks that end inside the step from window `first_key` on, for the warp's own queries.
 // Not inlined: what it keeps would take the registers of the products.
 template <class Traits, bool kIsUsual>
-__device__ __noinline__ void rank_step(const SelectMemory memory, int first_key, int warp,
-                                       int lane) {
+__device__ __noinline__ void rank_step(int first_key, int warp, int lane) {
   constexpr int kRows = Traits::kRowsPerWarp, kRowsAtOnce = 4;
   static_assert(kRows % kRowsAtOnce == 0);
-  const SelectGeometry& g = memory.g;
+  const SelectSetup setup = select_setup();
+  const SelectMemory memory{setup.at, setup.g};
   const int first_row = warp * kRows;
-  const int blocks = kIsUsual ? kWarpSize : Traits::kTileKv >> g.log_per_block;
-  const int first_block = first_key >> (kIsUsual ? 2 : g.log_per_block);
+  const int log_per_block = kIsUsual ? 2 : setup.g.log_per_block;
+  const int blocks = Traits::kTileKv >> log_per_block;
   for (int base = 0; base < blocks; base += kWarpSize) {
     const bool is_block = base + lane < blocks;
     for (int row = first_row; row < first_row + kRows; row += kRowsAtOnce) {
-      rank_blocks<kRowsAtOnce, kIsUsual>(memory, g, row, first_block, is_block ? base + lane : 0,
-                                         is_block, lane);
+      rank_blocks<kRowsAtOnce, kIsUsual>(memory, row, first_key >> log_per_block,
+                                         is_block ? base + lane : 0, is_block, lane);
     }
   }
-  const int columns = g.overlap - 1;
+  const int columns = setup.g.overlap - 1;
   for (int c = lane; c < kRows * columns; c += kWarpSize) {
     const int row = first_row + c / columns, column = c % columns;
     memory.halo(row)[column] =
-        memory.score(row)[score_column(g.log_per_block, Traits::kTileKv - columns + column)];
+        memory.score(row)[score_column(log_per_block, Traits::kTileKv - columns + column)];
   }
 }
 
 template <class Traits>
-__device__ __forceinline__ void rank(const SelectMemory& memory, int first_key, int warp,
-                                     int lane) {
-  if (memory.g.overlap == 2 && memory.g.per_block == 4) {
-    rank_step<Traits, true>(memory, first_key, warp, lane);
+__device__ __forceinline__ void rank(const SelectGeometry& g, int first_key, int warp, int lane) {
+  if (g.overlap == 2 && g.per_block == 4) {
+    rank_step<Traits, true>(first_key, warp, lane);
   } else {
-    rank_step<Traits, false>(memory, first_key, warp, lane);
+    rank_step<Traits, false>(first_key, warp, lane);
   }
   __syncwarp();  // the lanes read each other's halo in the next step
 }
@@ -421,20 +436,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
                          const __grid_constant__ SelectGeometry g,
                          const __grid_constant__ Band band, int num_heads) {
   using Element = typename Traits::Element;
-  extern __shared__ __align__(128) unsigned char smem[];
   const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
   // Shared, because in registers it would push the loop into spilling.
   __shared__ SelectWork shared_work;
-  __shared__ SelectBlocksSmem shared_at;
-  __shared__ SelectGeometry shared_g;
-  if (thread == 32) shared_at = at;
-  if (thread == 64) shared_g = g;
+  if (thread == 32) select_setup() = {at, g};
   if (thread == 0) shared_work = find_select_work<Traits>(p, band);
   __syncthreads();
   const SelectWork& work = shared_work;
   if (work.num_queries <= 0) return;
-  const SelectMemory memory{smem, at, g};  // reads the kernel's parameters: free
-  const SelectMemory rank_memory{smem, shared_at, shared_g};
+  const SelectMemory memory{at, g};
   clear_rows<Traits>(memory, g, work, warp, lane);
 
   const auto load_keys = [&](int first) {
@@ -457,7 +467,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     const bool has_next = first_key + Traits::kTileKv <= work.last_key;
     if (has_next) load_keys(first_key + Traits::kTileKv);
     __syncthreads();  // the probabilities of all warps are there
-    rank<Traits>(rank_memory, first_key, warp, lane);
+    rank<Traits>(g, first_key, warp, lane);
     __syncthreads();  // the scores make room for the queries
     if (has_next && !Traits::kKeepsQ) load_head<Traits>(p, memory, work, 0, thread);
     cp_async_commit();
@@ -471,15 +481,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     memory.score(0)[i] = 0.f;
   __syncthreads();
   for (; first_key >> g.log_per_block <= last_block; first_key += Traits::kTileKv) {
-    rank<Traits>(rank_memory, first_key, warp, lane);
+    rank<Traits>(g, first_key, warp, lane);
   }
 
   int32_t* out = p.topk_idx + (work.kv_head * p.packing.total_q + work.token) * p.topk;
   for (int i = warp * Traits::kRowsPerWarp; i < (warp + 1) * Traits::kRowsPerWarp; ++i) {
     if (i >= work.num_queries) break;
     const SelectRow row = select_row(g, work, i);
-    merge_row(memory.row(i), lane);
-    write_row(out + int64_t{i} * p.topk, row, memory.row(i).best.list, g.topk, lane);
+    merge_row(i, memory.state(i)->count, lane);
+    write_row(out + int64_t{i} * p.topk, row, memory.best(i).list, g.topk, lane);
   }
 }
 
