@@ -21,21 +21,25 @@ struct DenseAttnConfig {
 
 // Columns: arch, dtype, head_dim, head_dim_v. The first row that fits wins.
 inline constexpr std::array kDenseAttnFwdTable{
-    DenseAttnConfig{Arch::kSm80, DType::kBFloat16, 64,  64 },
-    DenseAttnConfig{Arch::kSm80, DType::kBFloat16, 128, 128},
-    DenseAttnConfig{Arch::kSm80, DType::kBFloat16, 192, 128},
-    DenseAttnConfig{Arch::kSm80, DType::kBFloat16, 256, 256},
-    DenseAttnConfig{Arch::kSm80, DType::kFloat16,  64,  64 },
-    DenseAttnConfig{Arch::kSm80, DType::kFloat16,  128, 128},
-    DenseAttnConfig{Arch::kSm80, DType::kFloat16,  192, 128},
-    DenseAttnConfig{Arch::kSm80, DType::kFloat16,  256, 256},
+    DenseAttnConfig{Arch::kSm90a, DType::kBFloat16, 128, 128},
+    DenseAttnConfig{Arch::kSm90a, DType::kFloat16,  128, 128},
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 64,  64 },
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 128, 128},
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 192, 128},
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 256, 256},
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  64,  64 },
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  128, 128},
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  192, 128},
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  256, 256},
 };
 inline constexpr std::array kDenseAttnBwdTable = kDenseAttnFwdTable;
 
-// Returns the row of either table, or -1 when no kernel fits.
-constexpr int find_dense_attn_row(DType dtype, int64_t head_dim, int64_t head_dim_v) {
+// Returns the row of either table, or -1 when no kernel fits. The wgmma rows take head dims above 64:
+// smaller ones lose more to the padding than wgmma wins.
+constexpr int find_dense_attn_row(Arch arch, DType dtype, int64_t head_dim, int64_t head_dim_v) {
   for (std::size_t row = 0; row < kDenseAttnFwdTable.size(); ++row) {
     const DenseAttnConfig& config = kDenseAttnFwdTable[row];
+    if (config.arch == Arch::kSm90a && (arch != Arch::kSm90a || head_dim <= 64)) continue;
     if (config.dtype == dtype && config.head_dim >= head_dim && config.head_dim_v >= head_dim_v) {
       return static_cast<int>(row);
     }
@@ -82,9 +86,11 @@ constexpr size_t dense_attn_workspace(const Problem& p) {
                                  .bytes);
 }
 
-static_assert(find_dense_attn_row(DType::kBFloat16, 96, 96) == 1);
-static_assert(find_dense_attn_row(DType::kFloat16, 192, 192) == 7);
-static_assert(find_dense_attn_row(DType::kFloat32, 64, 64) == -1);
+static_assert(find_dense_attn_row(Arch::kSm90a, DType::kBFloat16, 96, 96) == 0);
+static_assert(find_dense_attn_row(Arch::kSm90a, DType::kBFloat16, 64, 64) == 2);
+static_assert(find_dense_attn_row(Arch::kSm80, DType::kBFloat16, 96, 96) == 3);
+static_assert(find_dense_attn_row(Arch::kSm80, DType::kFloat16, 192, 192) == 9);
+static_assert(find_dense_attn_row(Arch::kSm90a, DType::kFloat32, 64, 64) == -1);
 static_assert(compressed_attn_bwd_splits(1) == 1 && compressed_attn_bwd_splits(12) == 6);
 
 }  // namespace fsattn

@@ -109,9 +109,9 @@ TEST(cuda_plans_of_the_usual_shape) {
   };
   EXPECT_EQ(text(Op::kCompressKv, Pass::kFwd), "compress_kv fwd: sm_80 row 0 (bfloat16)");
   EXPECT_EQ(text(Op::kCompressedAttn, Pass::kFwd),
-            "compressed_attention fwd: sm_80 row 1 (bfloat16, head_dim <= 128, head_dim_v <= 128)");
+            "compressed_attention fwd: sm_90a row 0 (bfloat16, head_dim <= 128, head_dim_v <= 128)");
   EXPECT_EQ(text(Op::kWindowAttn, Pass::kBwd),
-            "window_attention bwd: sm_80 row 1 (bfloat16, head_dim <= 128, head_dim_v <= 128)");
+            "window_attention bwd: sm_90a row 0 (bfloat16, head_dim <= 128, head_dim_v <= 128)");
   EXPECT_EQ(text(Op::kSelectBlocks, Pass::kFwd),
             "select_blocks fwd: sm_80 row 3 (bfloat16, head_dim <= 128, queries stream)");
   EXPECT_EQ(text(Op::kBlockIndex, Pass::kFwd),

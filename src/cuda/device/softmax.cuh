@@ -5,10 +5,19 @@
 
 namespace fsattn::device {
 
+// Probabilities are kept below 2^-kHeadroom until finish(), so that sums of P V stay finite for every
+// finite bf16 value whose average is. P keeps its precision: bf16 has the exponents of fp32. fp16
+// values cannot overflow fp32 sums, and fp16 probabilities have no exponents to spare.
+template <class Element>
+inline constexpr int kHeadroom = kIsBf16<Element> ? 24 : 0;
+
 // A warp's rows: accumulator row 2 m + h of a lane is row m * 16 + h * 8 + lane / 4.
-template <int kM>
+template <class Element, int kM>
 struct OnlineSoftmax {
-  float max[2 * kM];  // of the scaled scores
+  static constexpr float kShift = kHeadroom<Element>, kScaleUp = 1 << kHeadroom<Element>;
+  // P stays below 2^(kSlack - kHeadroom): far inside both ranges.
+  static constexpr float kSlack = 8;
+  float max[2 * kM];  // the reference: a scaled score of the row, plus kShift
   float sum[2 * kM];  // this lane's columns only, until finish()
 
   __device__ __forceinline__ void init() {
@@ -19,35 +28,56 @@ struct OnlineSoftmax {
     }
   }
 
-  // Turns scores into probabilities against the new maximum and rescales what was accumulated.
-  template <class Element, int kN, int kNo>
+  // Turns scores into probabilities. The reference of a row moves only when its maximum has grown by
+  // more than 2^kSlack, which after the first steps is rare: then what was accumulated is rescaled.
+  template <int kN, int kNo>
   __device__ __forceinline__ void step(const float (&s)[kM][kN][4], uint32_t (&p)[kM][kN][2],
                                        float (&o)[kM][kNo][4], float scale_log2) {
 #pragma unroll
-    for (int i = 0; i < 2 * kM; ++i) {
-      const int m = i / 2, half = i % 2 * 2;
-      float top = s[m][0][half];
-#pragma unroll
-      for (int n = 0; n < kN; ++n) top = fmaxf(top, fmaxf(s[m][n][half], s[m][n][half + 1]));
-      top = fmaxf(max[i], quad_max(top) * scale_log2);
-      // A row that has seen no key yet: shift by 0, so that 2^(-inf) is 0 and not NaN.
-      const float shift = top == -INFINITY ? 0.f : top;
-      const float keep = exp2_approx(max[i] - shift);
-      max[i] = top;
-      float part = 0.f;
+    for (int m = 0; m < kM; ++m) {
+      float top[2] = {s[m][0][0], s[m][0][2]};
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
-        const float p0 = exp2_approx(fmaf(s[m][n][half], scale_log2, -shift));
-        const float p1 = exp2_approx(fmaf(s[m][n][half + 1], scale_log2, -shift));
-        part += p0 + p1;
-        p[m][n][i % 2] = pack_pair<Element>(p0, p1);
+        top[0] = fmaxf(top[0], fmaxf(s[m][n][0], s[m][n][1]));
+        top[1] = fmaxf(top[1], fmaxf(s[m][n][2], s[m][n][3]));
       }
-      sum[i] = fmaf(sum[i], keep, part);
+      top[0] = fmaf(quad_max(top[0]), scale_log2, kShift);
+      top[1] = fmaf(quad_max(top[1]), scale_log2, kShift);
+      const bool is_outgrown = top[0] > max[2 * m] + kSlack || top[1] > max[2 * m + 1] + kSlack;
+      if (__any_sync(kFullMask, is_outgrown)) {
+        move_reference(top[0], max[2 * m], sum[2 * m], o[m], 0);
+        move_reference(top[1], max[2 * m + 1], sum[2 * m + 1], o[m], 2);
+      }
 #pragma unroll
-      for (int n = 0; n < kNo; ++n) {
-        o[m][n][half] *= keep;
-        o[m][n][half + 1] *= keep;
+      for (int half = 0; half < 2; ++half) {
+        const int i = 2 * m + half;
+        // A row that has seen no key yet: shift by 0, so that 2^(-inf) is 0 and not NaN.
+        const float shift = max[i] == -INFINITY ? 0.f : max[i];
+        float part = 0.f;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          const float p0 = exp2_approx(fmaf(s[m][n][2 * half], scale_log2, -shift));
+          const float p1 = exp2_approx(fmaf(s[m][n][2 * half + 1], scale_log2, -shift));
+          part += p0 + p1;
+          p[m][n][half] = pack_pair<Element>(p0, p1);
+        }
+        sum[i] += part;
       }
+    }
+  }
+
+  // One row; its outputs are elements e and e + 1 of each fragment.
+  template <int kNo>
+  static __device__ __forceinline__ void move_reference(float top, float& max, float& sum,
+                                                        float (&o)[kNo][4], int e) {
+    const float next = fmaxf(max, top);
+    const float keep = next == -INFINITY ? 1.f : exp2_approx(max - next);
+    max = next;
+    sum *= keep;
+#pragma unroll
+    for (int n = 0; n < kNo; ++n) {
+      o[n][e] *= keep;
+      o[n][e + 1] *= keep;
     }
   }
 
@@ -58,7 +88,8 @@ struct OnlineSoftmax {
     for (int i = 0; i < 2 * kM; ++i) {
       const float total = quad_sum(sum[i]);
       const float inverse = total == 0.f ? 0.f : 1.f / total;
-      lse[i] = total == 0.f ? -INFINITY : (max[i] + log2_approx(total)) * kLn2;
+      // max - kShift is exact wherever kShift was not lost in max anyway.
+      lse[i] = total == 0.f ? -INFINITY : (max[i] - kShift + log2_approx(total * kScaleUp)) * kLn2;
 #pragma unroll
       for (int n = 0; n < kNo; ++n) {
         o[i / 2][n][i % 2 * 2] *= inverse;

@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   constexpr int kM = Traits::kM, kTileKv = Traits::kTileKv, kN = kTileKv / 8;
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ QueryTileWork shared_work;
-  const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
-  if (thread == 0) shared_work = find_query_tile<Traits::kTileQ>(p, keys);
+  if (threadIdx.x == 0) shared_work = find_query_tile<Traits::kTileQ>(p, keys);
   __syncthreads();
   // Read where it is used: kept in registers, it would push the loop over 255 of them.
   const QueryTileWork& work = shared_work;
@@ -63,41 +62,45 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
         v_tile, p.v, work.v_offset, work.num_keys, p.shape.head_dim_v, first);
     cp_async_commit();
   };
-  const uint32_t q_rows = q_tile + tile_bytes<Traits::kDim>(warp * Traits::kRowsPerWarp);
-  const uint32_t q_lane = lane_rows16<Traits::kDim>(q_rows, lane);
-  const uint32_t k_lane = lane_rows8x2<Traits::kDim>(k_tile, lane);
-  const uint32_t v_lane = lane_rows16<Traits::kDimV>(v_tile, lane);
+  const auto warp_rows = [&](int thread) {
+    return q_tile + tile_bytes<Traits::kDim>(thread / kWarpSize * Traits::kRowsPerWarp);
+  };
 
   float o[kM][Traits::kDimV / 8][4] = {};
-  OnlineSoftmax<kM> softmax;
+  OnlineSoftmax<Element, kM> softmax;
   softmax.init();
 
   if (work.first_key <= work.last_key) {
-    const int first_tile = work.first_key / kTileKv;
     int step = work.last_key / kTileKv;
     load_rows<Traits::kTileQ, Traits::kDim, Traits::kThreads, Element>(
         q_tile, p.q, work.token * p.q.token_stride + work.head * p.q.head_stride, work.num_queries,
         p.shape.head_dim, 0);
     load_k(step * kTileKv);
-    for (; step >= first_tile; --step) {
+    for (; step >= work.first_key / kTileKv; --step) {
       const int base = step * kTileKv;
       cp_async_wait<0>();
       __syncthreads();  // K of this step has landed, and nobody reads V of the last one
       load_v(base);
+      // Lane addresses live for one product: kept over the loop, they would not fit the registers.
+      const int at = reread_thread_index();
       float s[kM][kN][4] = {};
-      mma_a_bt<Element, Traits::kDim, Traits::kDim>(s, q_lane, k_lane);
+      mma_a_bt<Element, Traits::kDim, Traits::kDim>(
+          s, lane_rows16<Traits::kDim>(warp_rows(at), at % kWarpSize),
+          lane_rows8x2<Traits::kDim>(k_tile, at % kWarpSize));
       if (base < work.full_first || base + kTileKv - 1 > work.full_last) {
         mask_scores(s, keys.band, work, base);
       }
       uint32_t prob[kM][kN][2];
-      softmax.template step<Element>(s, prob, o, work.scale_log2);
+      softmax.step(s, prob, o, work.scale_log2);
       cp_async_wait<0>();
       __syncthreads();  // V has landed, and nobody reads K any more
-      if (step > first_tile) load_k(base - kTileKv);
-      mma_p_b<Element, Traits::kDimV>(o, prob, v_lane);
+      if (step > work.first_key / kTileKv) load_k(base - kTileKv);
+      mma_p_b<Element, Traits::kDimV>(
+          o, prob, lane_rows16<Traits::kDimV>(v_tile, reread_thread_index() % kWarpSize));
     }
   }
 
+  const int thread = reread_thread_index(), lane = thread % kWarpSize, warp = thread / kWarpSize;
   float lse[2 * kM];
   softmax.finish(o, lse);
   const int64_t token = work.token;
@@ -115,23 +118,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
       OutputRows<Element>{static_cast<Element*>(p.o.data) + (token + row) * p.o.token_stride +
                               head * p.o.head_stride,
                           p.o.token_stride, rows_left, static_cast<int>(p.shape.head_dim_v), false},
-      q_rows, o, lane);
-}
-
-template <DenseAttnConfig kConfig>
-void launch_dense_attn_fwd(const AttnFwdTensors& tensors, const device::KeySet& keys,
-                           Stream stream) {
-  using Traits = DenseFwdTraits<kConfig>;
-  const Packing& packing = tensors.packing;
-  if (packing.total_q == 0) return;
-  const int64_t ctas = device::num_tile_slots(packing.total_q, packing.batch, Traits::kTileQ) *
-                       tensors.shape.num_heads_q;
-  auto* kernel = dense_attn_fwd_kernel<Traits>;
-  FSATTN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         Traits::kSmemBytes));
-  kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes,
-           static_cast<cudaStream_t>(stream)>>>(tensors, keys);
-  FSATTN_CUDA_CHECK(cudaGetLastError());
+      warp_rows(thread), o, lane);
 }
 
 }  // namespace fsattn

@@ -1,8 +1,10 @@
 // The backward of compressed attention and window attention: delta, then dQ, then dK and dV, and the
 // sum of their parts when the heads of a group were split.
 #pragma once
-#include "cuda/dense_attn/dense_attn_bwd_dkv.cuh"
-#include "cuda/dense_attn/dense_attn_bwd_dq.cuh"
+#include "cuda/dense_attn/dense_attn_bwd_dkv_sm80.cuh"
+#include "cuda/dense_attn/dense_attn_bwd_dkv_sm90.cuh"
+#include "cuda/dense_attn/dense_attn_bwd_dq_sm80.cuh"
+#include "cuda/dense_attn/dense_attn_bwd_dq_sm90.cuh"
 #include "cuda/dense_attn/dense_attn_delta.cuh"
 #include "cuda/dense_attn/dense_attn_reduce.cuh"
 
@@ -18,13 +20,36 @@ void launch_dense_attn_delta(const AttnBwdTensors& tensors, float* delta, cudaSt
 }
 
 template <DenseAttnConfig kConfig>
+auto dense_attn_dq_traits() {
+  if constexpr (kConfig.arch == Arch::kSm90a) {
+    return DenseDqSm90Traits<kConfig>{};
+  } else {
+    return DenseDqTraits<kConfig>{};
+  }
+}
+
+template <DenseAttnConfig kConfig>
+auto dense_attn_dkv_traits() {
+  if constexpr (kConfig.arch == Arch::kSm90a) {
+    return DenseDkvSm90Traits<kConfig>{};
+  } else {
+    return DenseDkvTraits<kConfig>{};
+  }
+}
+
+template <DenseAttnConfig kConfig>
 void launch_dense_attn_dq(const AttnBwdTensors& tensors, const device::KeySet& keys,
                           const float* delta, cudaStream_t stream) {
-  using Traits = DenseDqTraits<kConfig>;
+  using Traits = decltype(dense_attn_dq_traits<kConfig>());
   const Packing& packing = tensors.packing;
   const int64_t ctas = device::num_tile_slots(packing.total_q, packing.batch, Traits::kTileQ) *
                        tensors.shape.num_heads_q;
-  auto* kernel = dense_attn_bwd_dq_kernel<Traits>;
+  void (*kernel)(AttnBwdTensors, device::KeySet, const float*);
+  if constexpr (kConfig.arch == Arch::kSm90a) {
+    kernel = dense_attn_bwd_dq_sm90_kernel<Traits>;
+  } else {
+    kernel = dense_attn_bwd_dq_kernel<Traits>;
+  }
   FSATTN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          Traits::kSmemBytes));
   kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes, stream>>>(
@@ -35,12 +60,17 @@ void launch_dense_attn_dq(const AttnBwdTensors& tensors, const device::KeySet& k
 template <DenseAttnConfig kConfig>
 void launch_dense_attn_dkv(const AttnBwdTensors& tensors, device::KeySet keys,
                            const DenseBwdBuffers& buffers, cudaStream_t stream) {
-  using Traits = DenseDkvTraits<kConfig>;
+  using Traits = decltype(dense_attn_dkv_traits<kConfig>());
   if (buffers.splits > 1) keys.total_keys = std::min(keys.total_keys, buffers.partial_rows);
   const int64_t ctas =
       device::num_tile_slots(keys.total_keys, tensors.packing.batch, Traits::kTileKv) *
       buffers.splits * tensors.shape.num_heads_kv;
-  auto* kernel = dense_attn_bwd_dkv_kernel<Traits>;
+  void (*kernel)(AttnBwdTensors, device::KeySet, DenseBwdBuffers);
+  if constexpr (kConfig.arch == Arch::kSm90a) {
+    kernel = dense_attn_bwd_dkv_sm90_kernel<Traits>;
+  } else {
+    kernel = dense_attn_bwd_dkv_kernel<Traits>;
+  }
   FSATTN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          Traits::kSmemBytes));
   kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes, stream>>>(
