@@ -2,6 +2,7 @@
 //
 // Math     P = exp(scale * Q K^T - lse),  delta = rowsum(dO * O) - dlse,  dP = dO V^T,
 //          dS = P * (dP - delta),  dQ = scale * dS K,  dK = scale * dS^T Q,  dV = P^T dO
+//          dP, delta and dS are kept times v_factor (PanelSource)
 // dQ       one task a (query tile, KV head), as the forward pass; also leaves delta for the second pass
 // dK, dV   one task a (key tile, KV head): all queries that see a key of the tile, in ascending order;
 //          for the selected branch they come from the block index
@@ -20,10 +21,14 @@ struct BwdBuffers {
   Real *d_grad, *dv_grad;  // dQ or dK [64, pitch of D]; O or dV [64, pitch of Dv]
   Real *score, *dscore;    // [kTileRows, kTileKeys]
   Real *lse, *delta;       // [kTileRows]
-  Real* scale;             // [kTileRows]: softmax_scale or 1, for the store
+  Real* scale;             // [kTileRows]: grad_scale or 1, for the store
   Real* panel;
   int32_t* rows;  // selected, dQ: sorted rows of topk_idx
 };
+
+inline StoreMode store_mode(bool accumulate) {
+  return accumulate ? StoreMode::kAdd : StoreMode::kWrite;
+}
 
 // A backward call. delta [num_heads_q, total_q] and key_tiles lie in scratch memory.
 template <class Mask, class Real>
@@ -35,6 +40,10 @@ struct BwdJob {
 
   Real* delta_of(int64_t head, int64_t token) const {
     return delta + head * attn.packing.total_q + token;
+  }
+  // What dQ and dK are multiplied by in the end.
+  Real grad_scale(const SequenceView& seq) const {
+    return static_cast<Real>(attn.shape.softmax_scale) / job.source().v_factor(seq);
   }
 };
 

@@ -102,9 +102,9 @@ void load_batch(const DkvPass<Mask, Real>& pass, const KeyTile& tile, const Quer
   for (int64_t i = 0; i < batch.count; ++i) {
     const int64_t token = tile.seq.query_begin + batch.query[i], row = i * group;
     ops.load(element(attn.q, attn.shape.dtype, token, first_head), attn.q.head_stride, group,
-             attn.shape.head_dim, buffers.q + row * d_pitch, d_pitch);
+             attn.shape.head_dim, Real{1}, buffers.q + row * d_pitch, d_pitch);
     ops.load(element(attn.dout, attn.shape.dtype, token, first_head), attn.dout.head_stride, group,
-             attn.shape.head_dim_v, buffers.dout + row * dv_pitch, dv_pitch);
+             attn.shape.head_dim_v, Real{1}, buffers.dout + row * dv_pitch, dv_pitch);
     for (int64_t g = 0; g < group; ++g) {
       buffers.lse[row + g] = *statistic<Real>(attn.lse, first_head + g, token);
       buffers.delta[row + g] = *pass.bwd.delta_of(first_head + g, token);
@@ -140,14 +140,14 @@ void store_tile(const DkvPass<Mask, Real>& pass, const KeyTile& tile,
   const AttnShape& shape = attn.shape;
   const TileOps<Real>& ops = *pass.source().ops;
   const int64_t token = tile.seq.key_begin + tile.key;
-  std::fill_n(buffers.scale, tile.width, static_cast<Real>(shape.softmax_scale));
+  const StoreMode mode = store_mode(attn.accumulate_dkv);
+  std::fill_n(buffers.scale, tile.width, pass.bwd.grad_scale(tile.seq));
   ops.store(buffers.d_grad, row_pitch(shape.head_dim), buffers.scale, tile.width, shape.head_dim,
-            element(attn.dk, shape.dtype, token, tile.head), attn.dk.token_stride,
-            attn.accumulate_dkv);
+            element(attn.dk, shape.dtype, token, tile.head), attn.dk.token_stride, mode);
   std::fill_n(buffers.scale, tile.width, Real{1});
   ops.store(buffers.dv_grad, row_pitch(shape.head_dim_v), buffers.scale, tile.width,
             shape.head_dim_v, element(attn.dv, shape.dtype, token, tile.head), attn.dv.token_stride,
-            attn.accumulate_dkv);
+            mode);
 }
 
 template <class Mask, class Real>

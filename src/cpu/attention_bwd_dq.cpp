@@ -10,7 +10,8 @@ void load_statistics(const BwdJob<Mask, Real>& bwd, const QueryTile& tile,
   const AttnBwdTensors& attn = bwd.attn;
   const int64_t group = attn.shape.group_size(), head_dim_v = attn.shape.head_dim_v;
   const TileOps<Real>& ops = *bwd.job.source().ops;
-  load_query_rows(ops, attn.shape, attn.o, tile, head_dim_v, buffers.dv_grad);
+  const Real v_factor = bwd.job.source().v_factor(tile.seq);
+  load_query_rows(ops, attn.shape, attn.o, tile, head_dim_v, v_factor, buffers.dv_grad);
   ops.row_dot(buffers.dout, buffers.dv_grad, row_pitch(head_dim_v), tile.num_queries * group,
               buffers.delta);
   for (int64_t i = 0; i < tile.num_queries; ++i) {
@@ -18,7 +19,7 @@ void load_statistics(const BwdJob<Mask, Real>& bwd, const QueryTile& tile,
       const int64_t head = tile.head * group + g, row = i * group + g;
       buffers.lse[row] = *statistic<Real>(attn.lse, head, tile.token(i));
       if (attn.dlse.data != nullptr) {
-        buffers.delta[row] -= *statistic<Real>(attn.dlse, head, tile.token(i));
+        buffers.delta[row] -= *statistic<Real>(attn.dlse, head, tile.token(i)) * v_factor;
       }
       *bwd.delta_of(head, tile.token(i)) = buffers.delta[row];
     }
@@ -31,8 +32,9 @@ void run_tile(const BwdJob<Mask, Real>& bwd, const QueryTile& tile, int thread) 
   const PanelSource<Real>& source = bwd.job.source();
   const int64_t group = attn.shape.group_size(), pitch = row_pitch(attn.shape.head_dim);
   const BwdBuffers<Real> buffers = make_bwd_buffers(bwd.job, thread);
-  load_query_rows(*source.ops, attn.shape, attn.q, tile, attn.shape.head_dim, buffers.q);
-  load_query_rows(*source.ops, attn.shape, attn.dout, tile, attn.shape.head_dim_v, buffers.dout);
+  load_query_rows(*source.ops, attn.shape, attn.q, tile, attn.shape.head_dim, Real{1}, buffers.q);
+  load_query_rows(*source.ops, attn.shape, attn.dout, tile, attn.shape.head_dim_v, Real{1},
+                  buffers.dout);
   load_statistics(bwd, tile, buffers);
   std::fill_n(buffers.d_grad, tile.num_queries * group * pitch, Real{0});
   KeyTiles<Mask> tiles(bwd.job.mask(), tile.seq, tile.head, tile.first_query, tile.num_queries,
@@ -44,15 +46,15 @@ void run_tile(const BwdJob<Mask, Real>& bwd, const QueryTile& tile, int thread) 
       source.ops->gemm({keys.num_queries * group, pitch, keys.end - keys.begin,
                         buffers.dscore + first * group * kTileKeys + keys.begin, kTileKeys, 1,
                         panel.k + keys.begin * pitch, pitch, buffers.d_grad + first * group * pitch,
-                        pitch, true});
+                        pitch, true, kTileKeys});
     });
   }
-  std::fill_n(buffers.scale, group, static_cast<Real>(attn.shape.softmax_scale));
+  std::fill_n(buffers.scale, group, bwd.grad_scale(tile.seq));
   for (int64_t i = 0; i < tile.num_queries; ++i) {
     source.ops->store(buffers.d_grad + i * group * pitch, pitch, buffers.scale, group,
                       attn.shape.head_dim,
                       element(attn.dq, attn.shape.dtype, tile.token(i), tile.head * group),
-                      attn.dq.head_stride, attn.accumulate_dq);
+                      attn.dq.head_stride, store_mode(attn.accumulate_dq));
   }
 }
 

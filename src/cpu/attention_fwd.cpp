@@ -12,7 +12,7 @@ namespace {
 template <class Real>
 struct FwdBuffers {
   Real* q;                  // [kTileRows, pitch of D]
-  Real* out;                // [kTileRows, pitch of Dv], not yet divided by row_sum
+  Real* out;                // [kTileRows, pitch of Dv]: P V times v_factor, not divided by row_sum
   Real* score;              // [kTileRows, kTileKeys]
   Real *row_max, *row_sum;  // [kTileRows]
   Real* panel;
@@ -51,7 +51,7 @@ void attend(const PanelSource<Real>& source, const FwdBuffers<Real>& buffers,
                             buffers.row_max + first_row, buffers.row_sum + first_row, out,
                             dv_pitch});
   source.ops->gemm({rows, dv_pitch, keys.end - keys.begin, score + keys.begin, kTileKeys, 1,
-                    panel.v + keys.begin * dv_pitch, dv_pitch, out, dv_pitch, true});
+                    panel.v + keys.begin * dv_pitch, dv_pitch, out, dv_pitch, true, kTileKeys});
 }
 
 // Divides by the row sums and writes o and lse. A row that saw no key has row_sum 0.
@@ -59,18 +59,19 @@ template <class Real>
 void finish(const AttnFwdTensors& attn, const PanelSource<Real>& source, const QueryTile& tile,
             const FwdBuffers<Real>& buffers) {
   const int64_t group = attn.shape.group_size(), dv_pitch = row_pitch(attn.shape.head_dim_v);
+  const Real unscale = 1 / source.v_factor(tile.seq);
   for (int64_t i = 0; i < tile.num_queries; ++i) {
     for (int64_t g = 0; g < group; ++g) {
       Real& sum = buffers.row_sum[i * group + g];
       *statistic<Real>(attn.lse, tile.head * group + g, tile.token(i)) =
           sum == 0 ? -std::numeric_limits<Real>::infinity()
                    : buffers.row_max[i * group + g] + std::log(sum);
-      sum = sum == 0 ? 0 : 1 / sum;
+      sum = sum == 0 ? 0 : unscale / sum;
     }
     source.ops->store(buffers.out + i * group * dv_pitch, dv_pitch, buffers.row_sum + i * group,
                       group, attn.shape.head_dim_v,
                       element(attn.o, attn.shape.dtype, tile.token(i), tile.head * group),
-                      attn.o.head_stride, false);
+                      attn.o.head_stride, StoreMode::kAverage);
   }
 }
 
@@ -79,7 +80,8 @@ void run_tile(const AttnFwdTensors& attn, const AttnJob<Mask, Real>& job, const 
               int thread) {
   const int64_t group = attn.shape.group_size(), rows = tile.num_queries * group;
   const FwdBuffers<Real> buffers = make_buffers(job, thread);
-  load_query_rows(*job.source().ops, attn.shape, attn.q, tile, attn.shape.head_dim, buffers.q);
+  load_query_rows(*job.source().ops, attn.shape, attn.q, tile, attn.shape.head_dim, Real{1},
+                  buffers.q);
   std::fill_n(buffers.out, rows * row_pitch(attn.shape.head_dim_v), Real{0});
   std::fill_n(buffers.row_max, rows, -std::numeric_limits<Real>::infinity());
   std::fill_n(buffers.row_sum, rows, Real{0});

@@ -2,6 +2,8 @@
 // memory, and keys that are converted once for many query tiles.
 #pragma once
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstdint>
 
 #include "base/dtype.h"
@@ -57,14 +59,23 @@ struct QueryTile {
   int64_t token(int64_t i) const { return seq.query_begin + first_query + i; }
 };
 
-// Loads the group's rows of every query of the tile: [num_queries * group, pitch].
+// 2^-n with n = ceil(log2(count)) + 1: a sum of `count` numbers times this cannot overflow, and a power of
+// two loses nothing (but bits below 2^(n - 126) in fp32).
+template <class Real>
+Real sum_factor(int64_t count) {
+  const auto bits =
+      static_cast<int>(std::bit_width(static_cast<uint64_t>(std::max<int64_t>(count, 1) - 1)));
+  return std::ldexp(Real{1}, -bits - 1);
+}
+
+// Loads the group's rows of every query of the tile times factor: [num_queries * group, pitch].
 template <class Real>
 void load_query_rows(const TileOps<Real>& ops, const AttnShape& shape, const Rows& rows,
-                     const QueryTile& tile, int64_t cols, Real* to) {
+                     const QueryTile& tile, int64_t cols, Real factor, Real* to) {
   const int64_t group = shape.group_size(), pitch = row_pitch(cols);
   for (int64_t i = 0; i < tile.num_queries; ++i) {
     const char* from = element(rows, shape.dtype, tile.token(i), tile.head * group);
-    ops.load(from, rows.head_stride, group, cols, to + i * group * pitch, pitch);
+    ops.load(from, rows.head_stride, group, cols, factor, to + i * group * pitch, pitch);
   }
 }
 
@@ -89,19 +100,26 @@ struct PanelSource {
   Rows k, v;
   PanelKind kind;
 
+  // V is multiplied by this, so that sums over V do not overflow where their result does not: forward
+  // P V before it is divided by the sum of P, backward dO V^T with |dO| <= 1.
+  Real v_factor(const SequenceView& seq) const {
+    return sum_factor<Real>(kind == PanelKind::kFwd ? seq.num_keys : shape.head_dim_v);
+  }
+
   void fill(const SequenceView& seq, int64_t head, int64_t key, int64_t width, Real* to) const {
     const char* k_rows = element(k, shape.dtype, seq.key_begin + key, head);
-    ops->load_transposed(k_rows, k.token_stride, width, shape.head_dim, to);
+    ops->load_transposed(k_rows, k.token_stride, width, shape.head_dim, Real{1}, to);
     if (kind == PanelKind::kSelect) return;
     Real* behind_k = to + shape.head_dim * kTileKeys;
     const char* v_rows = element(v, shape.dtype, seq.key_begin + key, head);
+    const Real factor = v_factor(seq);
     if (kind == PanelKind::kFwd) {
-      ops->load(v_rows, v.token_stride, width, shape.head_dim_v, behind_k,
+      ops->load(v_rows, v.token_stride, width, shape.head_dim_v, factor, behind_k,
                 row_pitch(shape.head_dim_v));
       return;
     }
-    ops->load_transposed(v_rows, v.token_stride, width, shape.head_dim_v, behind_k);
-    ops->load(k_rows, k.token_stride, width, shape.head_dim,
+    ops->load_transposed(v_rows, v.token_stride, width, shape.head_dim_v, factor, behind_k);
+    ops->load(k_rows, k.token_stride, width, shape.head_dim, Real{1},
               behind_k + shape.head_dim_v * kTileKeys, row_pitch(shape.head_dim));
   }
 

@@ -79,7 +79,7 @@ void load_rows(const SelectJob<Real>& select, const QueryTile& tile,
   const int64_t first_head = tile.head * params.shape.group_size();
   for (int64_t i = 0; i < tile.num_queries; ++i) {
     select.job.source().ops->load(element(params.q, params.shape.dtype, tile.token(i), first_head),
-                                  params.q.head_stride, heads, params.shape.head_dim,
+                                  params.q.head_stride, heads, params.shape.head_dim, Real{1},
                                   buffers.q + i * heads * pitch, pitch);
     for (int64_t g = 0; g < heads; ++g) {
       buffers.lse[i * heads + g] = *statistic<Real>(params.lse, first_head + g, tile.token(i));

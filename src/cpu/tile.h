@@ -20,8 +20,15 @@ constexpr int64_t kTileRows = kCpuTileRows;
 // Elements in the longest vector of any instruction set.
 constexpr int64_t kPitch = kCpuPitch;
 
+// Terms of a product that are summed in registers before they join c. One long fp32 sum loses more: the
+// rounding errors of n terms in parts of m grow like sqrt(n m / 2 + n^2 / (2 m)), and 32 is near the
+// best m up to n = 256.
+constexpr int64_t kGemmTerms = 32;
+
 // c (+)= a * b. cols is rounded up to whole vectors; b and c have the room. Row i, column k of a is
-// a[i * a_row + k * a_col], so that a transposed a costs nothing.
+// a[i * a_row + k * a_col], so that a transposed a costs nothing. Sums of up to kTileKeys terms that
+// start at a visible key are made in one part (terms = kTileKeys): where their parts would begin depends
+// on the other rows of the tile.
 template <class Real>
 struct GemmArgs {
   int64_t rows, cols, depth;
@@ -32,6 +39,7 @@ struct GemmArgs {
   Real* c;
   int64_t c_row;
   bool accumulate;
+  int64_t terms = kGemmTerms;
 };
 
 // The visible keys of a tile. Query i (rows i * group .. i * group + group - 1) sees the columns
@@ -82,22 +90,30 @@ struct GroupScoreArgs {
   Real* out;
 };
 
+enum class StoreMode : int {
+  kWrite,
+  kAdd,      // to what is there
+  kAverage,  // write; a finite number stays finite, for an average cannot pass the largest value
+};
+
 template <class Real>
 struct TileOps {
-  // to[r, c] = from[r * row_stride + c], 0 for the columns cols .. pitch - 1.
-  void (*load)(const void* from, int64_t row_stride, int64_t rows, int64_t cols, Real* to,
-               int64_t pitch);
-  // to[c, r] = from[r * row_stride + c] with the pitch kTileKeys, 0 for rows <= r < next vector.
+  // to[r, c] = from[r * row_stride + c] * factor, 0 for the columns cols .. pitch - 1.
+  void (*load)(const void* from, int64_t row_stride, int64_t rows, int64_t cols, Real factor,
+               Real* to, int64_t pitch);
+  // to[c, r] = from[r * row_stride + c] * factor with the pitch kTileKeys, 0 for rows <= r < next
+  // vector.
   void (*load_transposed)(const void* from, int64_t row_stride, int64_t rows, int64_t cols,
-                          Real* to);
-  // to[r * row_stride + c] (+)= from[r, c] * row_scale[r], rounded once.
+                          Real factor, Real* to);
+  // to[r * row_stride + c] = from[r, c] * row_scale[r], rounded once.
   void (*store)(const Real* from, int64_t pitch, const Real* row_scale, int64_t rows, int64_t cols,
-                void* to, int64_t row_stride, bool accumulate);
+                void* to, int64_t row_stride, StoreMode mode);
   void (*gemm)(const GemmArgs<Real>&);
   void (*softmax_step)(const SoftmaxStepArgs<Real>&);
   void (*softmax_grad)(const SoftmaxGradArgs<Real>&);
   void (*group_score)(const GroupScoreArgs<Real>&);
-  // out[r] = sum over c < pitch of a[r, c] * b[r, c].
+  // out[r] = sum over c < pitch of a[r, c] * b[r, c], added in the order of gemm: the dS of a row that
+  // sees one key is dO v - dO o with o = v, and must be 0.
   void (*row_dot)(const Real* a, const Real* b, int64_t pitch, int64_t rows, Real* out);
 };
 

@@ -21,19 +21,19 @@ constexpr int kGemmVectors = FSATTN_GEMM_VECTORS;
 // ---------------------------------------------------------------------------------------- load, store
 
 template <class T>
-void load_tile(const void* from, int64_t row_stride, int64_t rows, int64_t cols, Compute<T>* to,
-               int64_t pitch) {
+void load_tile(const void* from, int64_t row_stride, int64_t rows, int64_t cols, Compute<T> factor,
+               Compute<T>* to, int64_t pitch) {
   for (int64_t r = 0; r < rows; ++r) {
     const T* __restrict source = static_cast<const T*>(from) + r * row_stride;
     Compute<T>* __restrict row = to + r * pitch;
-    for (int64_t c = 0; c < cols; ++c) row[c] = load(source[c]);
+    for (int64_t c = 0; c < cols; ++c) row[c] = load(source[c]) * factor;
     for (int64_t c = cols; c < pitch; ++c) row[c] = 0;
   }
 }
 
 template <class T>
 void load_transposed_tile(const void* from, int64_t row_stride, int64_t rows, int64_t cols,
-                          Compute<T>* to) {
+                          Compute<T> factor, Compute<T>* to) {
   // One vector of keys at a time: each cache line of `to` is filled by consecutive stores.
   constexpr int64_t kKeys = Simd<Compute<T>>::kLanes;
   for (int64_t begin = 0; begin < rows; begin += kKeys) {
@@ -41,21 +41,31 @@ void load_transposed_tile(const void* from, int64_t row_stride, int64_t rows, in
     const T* source = static_cast<const T*>(from) + begin * row_stride;
     for (int64_t c = 0; c < cols; ++c) {
       Compute<T>* row = to + c * kTileKeys + begin;
-      for (int64_t r = 0; r < count; ++r) row[r] = load(source[r * row_stride + c]);
+      for (int64_t r = 0; r < count; ++r) row[r] = load(source[r * row_stride + c]) * factor;
       for (int64_t r = count; r < kKeys; ++r) row[r] = 0;
     }
   }
 }
 
+// x, or the largest number of its sign if x is infinite although what it was made from is finite.
+template <class Real>
+FSATTN_FORCE_INLINE Real keep_finite(Real x, Real source) {
+  constexpr Real kLargest = static_cast<Real>(sizeof(Real) == 4 ? __FLT_MAX__ : __DBL_MAX__);
+  const Real high = x > kLargest && source <= kLargest ? kLargest : x;
+  return high < -kLargest && source >= -kLargest ? -kLargest : high;
+}
+
 template <class T>
 void store_tile(const Compute<T>* from, int64_t pitch, const Compute<T>* row_scale, int64_t rows,
-                int64_t cols, void* to, int64_t row_stride, bool accumulate) {
+                int64_t cols, void* to, int64_t row_stride, StoreMode mode) {
   for (int64_t r = 0; r < rows; ++r) {
     const Compute<T>* __restrict source = from + r * pitch;
     T* __restrict row = static_cast<T*>(to) + r * row_stride;
     const Compute<T> scale = row_scale[r];
-    if (accumulate) {
+    if (mode == StoreMode::kAdd) {
       for (int64_t c = 0; c < cols; ++c) store(row[c], load(row[c]) + source[c] * scale);
+    } else if (mode == StoreMode::kAverage) {
+      for (int64_t c = 0; c < cols; ++c) store(row[c], keep_finite(source[c] * scale, source[c]));
     } else {
       for (int64_t c = 0; c < cols; ++c) store(row[c], source[c] * scale);
     }
@@ -64,14 +74,14 @@ void store_tile(const Compute<T>* from, int64_t pitch, const Compute<T>* row_sca
 
 // ----------------------------------------------------------------------------------------------- gemm
 
-// kRows rows times kVectors vectors of c, summed over all of depth in registers.
+// kRows rows times kVectors vectors of c; `depth` terms are summed in registers.
 template <class Real, int kRows, int kVectors>
-void gemm_block(const GemmArgs<Real>& g, const Real* a, const Real* b, Real* c) {
+FSATTN_FORCE_INLINE void gemm_part(const GemmArgs<Real>& g, const Real* a, const Real* b, Real* c,
+                                   int64_t depth, bool accumulate) {
   using S = Simd<Real>;
   typename S::V sum[kRows][kVectors] = {};
   const int64_t a_row = g.a_row, a_col = g.a_col, b_row = g.b_row;
-  const bool accumulate = g.accumulate;
-  for (int64_t k = 0; k < g.depth; ++k, a += a_col, b += b_row) {
+  for (int64_t k = 0; k < depth; ++k, a += a_col, b += b_row) {
     typename S::V b_k[kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) b_k[j] = S::load(b + j * S::kLanes);
@@ -90,6 +100,15 @@ void gemm_block(const GemmArgs<Real>& g, const Real* a, const Real* b, Real* c) 
       if (accumulate) sum[i][j] += S::load(row + j * S::kLanes);
       S::store(row + j * S::kLanes, sum[i][j]);
     }
+  }
+}
+
+template <class Real, int kRows, int kVectors>
+void gemm_block(const GemmArgs<Real>& g, const Real* a, const Real* b, Real* c) {
+  for (int64_t k = 0; k < g.depth; k += g.terms) {
+    const int64_t depth = g.depth - k < g.terms ? g.depth - k : g.terms;
+    gemm_part<Real, kRows, kVectors>(g, a + k * g.a_col, b + k * g.b_row, c, depth,
+                                     g.accumulate || k > 0);
   }
 }
 
@@ -291,16 +310,30 @@ void group_score(const GroupScoreArgs<Real>& args) {
   }
 }
 
+// kRows rows at once hide the latency of sums that are serial, as those of gemm_part are.
+template <int kRows, class Real>
+FSATTN_FORCE_INLINE void row_dot_block(const Real* a, const Real* b, int64_t pitch, Real* out) {
+  Real total[kRows] = {};
+  for (int64_t begin = 0; begin < pitch; begin += kGemmTerms) {
+    const int64_t end = pitch - begin < kGemmTerms ? pitch : begin + kGemmTerms;
+    Real sum[kRows] = {};
+    for (int64_t c = begin; c < end; ++c) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[r] += a[r * pitch + c] * b[r * pitch + c];
+    }
+    for (int r = 0; r < kRows; ++r) total[r] += sum[r];
+  }
+  for (int r = 0; r < kRows; ++r) out[r] = total[r];
+}
+
 template <class Real>
 void row_dot(const Real* a, const Real* b, int64_t pitch, int64_t rows, Real* out) {
-  using S = Simd<Real>;
-  for (int64_t r = 0; r < rows; ++r) {
-    typename S::V sum{};
-    for (int64_t c = 0; c < pitch; c += S::kLanes) {
-      sum += S::load(a + r * pitch + c) * S::load(b + r * pitch + c);
-    }
-    out[r] = S::sum_of_lanes(sum);
+  constexpr int kBlock = 8;
+  int64_t r = 0;
+  for (; r + kBlock <= rows; r += kBlock) {
+    row_dot_block<kBlock>(a + r * pitch, b + r * pitch, pitch, out + r);
   }
+  for (; r < rows; ++r) row_dot_block<1>(a + r * pitch, b + r * pitch, pitch, out + r);
 }
 
 template <class T>

@@ -76,10 +76,14 @@ def test_finite_for_the_largest_values(op, device, dtype):
     q, k, v = case.inputs
     top = torch.finfo(dtype).max
     o, lse = case.ours(q, k, torch.full_like(v, top))
-    seen = (lse > -torch.inf).T
-    assert seen.any()
+    assert (lse > -torch.inf).any()
     assert o.isfinite().all()
-    assert ((o[seen].double() / top - 1).abs() <= torch.finfo(dtype).eps).all()
+    # Sums of top overflow in PyTorch: as exact as its average of ones.
+    ones = torch.ones_like(v)
+    truth = case.ref(*[x.cpu().double() for x in (q, k, ones)])[0]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    same = case.ref(*[x.cpu().to(wide) for x in (q, k, ones)])[0].to(dtype)
+    check("o / top", (o.double() / top).to(dtype), truth, same)
 
 
 @pytest.mark.parametrize(("device", "dtype"), device_types())

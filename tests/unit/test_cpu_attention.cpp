@@ -1,7 +1,5 @@
 // The CPU attention branches against plain fp64 loops (support/attn_case.h), for every mask, and what
 // they promise beside the numbers: determinism, untouched neighbours, bad ids, scratch memory.
-#include <omp.h>
-
 #include <algorithm>
 #include <climits>
 #include <cstdlib>
@@ -308,6 +306,47 @@ TEST(large_logits_stay_finite) {
         EXPECT_TRUE(std::isfinite(c.dq.get(token, head, i)));
       }
     });
+  }
+}
+
+double largest(DType dtype) {
+  if (dtype == DType::kFloat64) return std::numeric_limits<double>::max();
+  if (dtype == DType::kFloat16) return 65504;
+  return dtype == DType::kFloat32 ? 0x1.fffffep127 : 0x1.fep127;
+}
+
+bool is_finite(const Tensor& tensor) {
+  const std::vector<double> values = flat(tensor);
+  return std::all_of(values.begin(), values.end(), [](double x) { return std::isfinite(x); });
+}
+
+// The average of equal values is that value, although their sum is out of range.
+TEST(largest_values_stay_finite) {
+  for (const DType dtype : {DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    AttnCase c({dtype, 2, 1, 64, 64, {100}, {100}, {}}, same);
+    const double top = largest(dtype);
+    c.v.fill(top);
+    const Window branch(80);
+    branch.run_fwd(c);
+    branch.run_bwd(c);
+    const double allowed = dtype == DType::kFloat64 ? 1e-14 : dtype == DType::kFloat32 ? 1e-6 : 0;
+    for (const double o : flat(c.o)) EXPECT_NEAR(o / top, 1, allowed);
+    EXPECT_TRUE(is_finite(c.dv));
+    // Their exact gradients are those of lse alone; rounding errors of the size of v are not for fp16.
+    if (dtype != DType::kFloat16) EXPECT_TRUE(is_finite(c.dq) && is_finite(c.dk));
+  }
+}
+
+// P is 1 whatever the score: the two sums whose difference is dS must round alike.
+TEST(one_visible_key_has_no_gradient_of_its_score) {
+  for (const int64_t head_dim : {8, 40, 64, 136, 256}) {
+    AttnCase c({DType::kFloat32, 3, 1, 64, head_dim, {50}, {50}, {}}, same);
+    std::fill(c.dlse.begin(), c.dlse.end(), char{0});
+    const Window branch(0);
+    branch.run_fwd(c);
+    branch.run_bwd(c);
+    for (const double x : flat(c.dq)) EXPECT_EQ(x, 0.0);
+    for (const double x : flat(c.dk)) EXPECT_EQ(x, 0.0);
   }
 }
 
