@@ -8,7 +8,7 @@ struct NsaConfig {
   int64_t kernel_size = 32;    // l: tokens in one compression window
   int64_t kernel_stride = 16;  // d: tokens between the starts of two windows; divides l and S
   int64_t block_size = 64;     // S: tokens in one selection block
-  int64_t topk = 16;           // blocks a query attends to, forced ones included
+  int64_t topk = 16;           // blocks a query attends to, init_blocks + local_blocks included
   int64_t init_blocks = 1;     // always selected: the first blocks of the sequence
   int64_t local_blocks = 2;    // always selected: the query's own block and those before it
   int64_t window_size = 512;   // w: the window reaches from t - w to t, both included

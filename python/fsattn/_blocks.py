@@ -113,7 +113,7 @@ def select_blocks(
         q, k_cmp, cu_seqlens_*, max_seqlen_*, kernel_*: as in compressed_attention.
         lse: as compressed_attention returned it for the same softmax_scale.
         block_size: S: 16, 32, 64, 128 or 256, a multiple of d.
-        topk: 1 to 128, forced blocks included.
+        topk: 1 to 128, at least init_blocks + local_blocks, which it includes.
         group_reduce: "sum", "max" or "first_head".
         score_dtype: "fp32", or "bf16" to round the scores before they are ranked.
 

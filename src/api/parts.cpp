@@ -178,6 +178,9 @@ void check_selection(const SelectionOptions& options) {
   check_range("topk", options.topk, 1, kMaxTopk);
   check_range("init_blocks", options.init_blocks, 0, kMaxIndex);
   check_range("local_blocks", options.local_blocks, 0, kMaxIndex);
+  FSATTN_CHECK(options.init_blocks + options.local_blocks <= options.topk, kInvalidArgument,
+               "topk: must be at least init_blocks + local_blocks (", options.init_blocks, " + ",
+               options.local_blocks, "), found ", options.topk);
 }
 
 void check_index_size(int64_t total_q, int64_t topk) {

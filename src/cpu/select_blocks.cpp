@@ -163,16 +163,15 @@ int64_t rank_blocks(const SelectJob<Real>& select, const Real* block_score, Cand
   return count;
 }
 
-// Writes one query's row: forced and best blocks ascending, then -1. Of forced blocks that do not fit,
-// the first initial ones come first, then the local ones nearest to the query.
+// Writes one query's row: forced and best blocks ascending, then -1. The forced blocks fit: topk is at
+// least init_blocks + local_blocks.
 template <class Real>
 void select_row(const SelectJob<Real>& select, const Real* block_score, int64_t query_block,
                 const SelectBuffers<Real>& buffers, int32_t* row) {
   const SelectBlocksParams& params = select.params;
-  const int64_t num_init = std::min({params.init_blocks, query_block + 1, params.topk});
+  const int64_t num_init = std::min(params.init_blocks, query_block + 1);
   const int64_t local_begin = std::max(query_block + 1 - params.local_blocks, num_init);
-  const int64_t num_local =
-      std::clamp<int64_t>(query_block + 1 - local_begin, 0, params.topk - num_init);
+  const int64_t num_local = query_block + 1 - local_begin;
   const int64_t num_ranked = rank_blocks(select, block_score, {num_init, local_begin},
                                          params.topk - num_init - num_local, buffers);
   std::sort(buffers.best, buffers.best + num_ranked);
