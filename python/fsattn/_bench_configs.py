@@ -40,3 +40,5 @@ _LIST = (
     Config("d64", 32, 2, 64, 64),
 )
 CONFIGS = {config.name: config for config in _LIST}
+# What `--configs all` stands for: every published shape.
+PUBLISHED = tuple(name for name in CONFIGS if name != "small")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 _COLUMNS = (
     "config", "tokens", "operator", "pass", "by", "selection",
-    "ms", "CPU ms", "GFLOP/s", "floor", "extra MiB", "workspace MiB", "over dense",
+    "ms", "CPU ms", "TFLOP/s", "floor", "extra MiB", "workspace MiB", "over dense",
 )  # fmt: skip
 _MIB = 2**20
 
@@ -24,6 +24,12 @@ def _number(value: float | None, scale: float = 1.0) -> str:
         return "-"
     value /= scale
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _time(record: dict) -> str:
+    if record["error"] is not None:
+        return record["error"][:40]
+    return "skipped" if record["skipped"] is not None else _number(record["ms"])
 
 
 def _dense_times(records: list[dict]) -> dict[tuple, float]:
@@ -53,8 +59,7 @@ def table(records: list[dict]) -> str:
         speedup = speedup_over_dense(r, records)
         rows.append((
             r["config"], str(r["tokens"]), r["operator"], r["pass"], r["implementation"],
-            r["selection"] or "-", _number(r["ms"]) if r["error"] is None else r["error"][:40],
-            _number(r["ms_cpu"]), _number(r["gflops"] or None),
+            r["selection"] or "-", _time(r), _number(r["ms_cpu"]), _number(r["gflops"] or None, 1e3),
             "-" if share is None else f"{_number(share)} %",
             _number(r["peak_extra_bytes"], _MIB), _number(r["workspace_bytes"], _MIB),
             "-" if speedup is None else f"{_number(speedup)} x",
@@ -78,15 +83,19 @@ def _series(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
 
 
 def _plot_latency(axes, records: list[dict]) -> None:
+    dense_styles = iter(["-", "--", ":"])
     for i, (name, points) in enumerate(_series(records).items()):
-        # Twenty colours; the two lines that matter most stand out.
+        # Twenty colours; the lines that matter most stand out.
         style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else ":"}
-        if name.startswith(("dense", "whole")):
-            style = {"color": "black" if name.startswith("dense") else "red", "linewidth": 2.5}
+        if name.startswith("dense"):
+            style = {"color": "black", "linestyle": next(dense_styles, "-."), "linewidth": 2.5}
+        elif name.startswith("whole"):
+            style = {"color": "red", "linewidth": 2.5}
         axes.plot(*zip(*points), marker="o", markersize=3, label=name, **style)
     axes.set(yscale="log", xlabel="tokens", ylabel="ms")
     axes.set_xscale("log", base=2)
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2)
+    if axes.lines:
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2)
 
 
 def _plot_speedup(axes, records: list[dict]) -> None:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,8 +21,8 @@ from torch import Tensor
 
 from . import __version__, _library, explain
 from ._bench_cases import OPERATORS, Case, Problem, make_cases
-from ._bench_configs import CONFIGS
-from ._bench_measure import Effort, Rates, measure_memory, measure_rates, measure_time
+from ._bench_configs import CONFIGS, PUBLISHED
+from ._bench_measure import Effort, Rates, measure, measure_rates
 from ._bench_peers import make_peer_cases
 from ._bench_report import table, write_line, write_plots
 from ._bench_selection import Selection
@@ -36,19 +39,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fsattn bench", description=__doc__)
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--configs", nargs="+", choices=list(CONFIGS), help="default: small; on CUDA llama")
+    add(
+        "--configs", nargs="+", choices=[*CONFIGS, "all"],
+        help="default: small; on CUDA llama; all: every published shape",
+    )  # fmt: skip
     add("--lengths", nargs="+", type=int, help="tokens of the one sequence")
     add("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     add("--passes", nargs="+", choices=["fwd", "bwd"], default=["fwd", "bwd"])
     add("--dtype", choices=list(_DTYPES), help="default: fp32; on CUDA bf16")
     add("--persistence", nargs="+", type=float, default=[0.0, 0.8], help="0 is a random selection")
     add("--zipf", nargs="+", type=float, default=[0.0], help="popularity exponents, 0 is uniform")
-    add("--max-dense", type=int, help="longest sequence for dense attention")
+    add("--max-dense", type=int, help="longest sequence for dense attention; default on CPUs 16384")
     add("--warmups", type=int, default=2)
     add("--runs", type=int, default=10, help="the median of these is reported")
-    add("--seconds", type=float, default=20.0, help="fewer runs when they would take longer")
+    add("--seconds", type=float, help="of a case; skipped if one run must take longer. 20, CUDA 3")
+    add("--budget", type=float, default=float("inf"), help="seconds after which no case starts")
     add("--threads", type=int, help="CPU threads, default: all")
     add("--seed", type=int, default=0)
+    add("--note", default="", help="text for every line, such as the commit")
     add("--out", type=Path, default=Path("bench_out"), help="folder for JSON lines and plots")
     return parser
 
@@ -56,9 +64,12 @@ def _parser() -> argparse.ArgumentParser:
 def _fill_defaults(options: argparse.Namespace) -> None:
     is_cuda = torch.device(options.device).type == "cuda"
     options.configs = options.configs or (["llama"] if is_cuda else ["small"])
+    if "all" in options.configs:
+        options.configs = list(PUBLISHED)
     options.lengths = options.lengths or ([8192, 32768, 65536] if is_cuda else [4096, 16384])
     options.dtype = options.dtype or ("bf16" if is_cuda else "fp32")
-    options.max_dense = options.max_dense or (131072 if is_cuda else 16384)
+    options.max_dense = options.max_dense or (2**31 if is_cuda else 16384)
+    options.seconds = options.seconds or (3.0 if is_cuda else 20.0)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
 
@@ -72,7 +83,7 @@ def _device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _environment(device: torch.device) -> dict:
+def _environment(device: torch.device, note: str) -> dict:
     """What every line repeats, so that a line stands on its own."""
     return {
         "device": _device_name(device),
@@ -80,24 +91,20 @@ def _environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "fsattn": __version__,
         "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "note": note,
     }
 
 
-def _backward(case: Case) -> Callable[[], object]:
-    """The backward pass alone; the forward has been run for it."""
-    inputs = [x.detach().requires_grad_() if not x.requires_grad else x for x in case.inputs]
-    output = case.forward()
-    gradient = torch.randn_like(output)
-    return lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True)
-
-
 def _runnable(case: Case, pass_name: str) -> Callable[[], object]:
+    """The pass alone; for a backward the forward has been run, and its graph is kept."""
     if pass_name == "bwd":
-        for x in case.inputs:
-            x.requires_grad_()
-        return _backward(case)
+        output = case.forward()
+        gradient = torch.randn_like(output)
+        return lambda: torch.autograd.grad(output, case.inputs, gradient, retain_graph=True)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -112,38 +119,50 @@ def _workspace(case: Case, pass_name: str) -> tuple[int | None, str | None]:
         return None, None
     # The inputs are named, so that the plan of their gradients is part of the text.
     lines = explain(lambda *_: case.forward(), *case.inputs).splitlines()
-    plan = [line for line in lines if re.search(r"\bbwd\b", line) or pass_name == "fwd"]
+    plan = [line for line in lines if bool(re.search(r"\bbwd\b", line)) == (pass_name == "bwd")]
     sizes = [int(size) for line in plan for size in re.findall(r"workspace (\d+) bytes", line)]
     return max(sizes, default=0), "\n".join(plan)
 
 
 def _measure(case: Case, pass_name: str, device: torch.device, effort: Effort) -> dict:
-    # Planned before the run: afterwards the inputs ask for gradients.
-    if pass_name == "bwd":
-        for x in case.inputs:
-            x.requires_grad_()
+    for x in case.inputs:
+        x.requires_grad_(pass_name == "bwd")
     workspace, plan = _workspace(case, pass_name)
-    function = _runnable(case, pass_name)
-    timing = measure_time(function, device, effort)
-    memory = measure_memory(function, device)
+    found = measure(_runnable(case, pass_name), device, effort)
     return {
-        "ms": timing.median,
-        "ms_fastest": timing.fastest,
-        "ms_cpu": timing.cpu,
-        "runs": timing.runs,
-        "peak_extra_bytes": memory,
+        "ms": found.median,
+        "ms_fastest": found.fastest,
+        "ms_cpu": found.cpu,
+        "runs": found.runs,
+        "peak_extra_bytes": found.peak,
         "workspace_bytes": workspace,
         "plan": plan,
     }
 
 
-# What a record that failed lacks.
+# What a record that failed or was skipped lacks.
 _MEASURED = (
     "ms", "ms_fastest", "ms_cpu", "runs", "peak_extra_bytes", "workspace_bytes", "plan",
     "flops", "bytes", "gflops", "floor_ms", "floor_share",
 )  # fmt: skip
-# No kernel for the case, or no memory.
+# No kernel for the case; whatever else a library reports.
 _FAILURES = (NotImplementedError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What bounds the run: the effort of a case, and the time after which none starts."""
+
+    effort: Effort
+    deadline: float
+    max_dense: int
+
+    def reason_to_skip(self, problem: Problem, operator: str) -> str | None:
+        if time.monotonic() > self.deadline:
+            return "the budget of the run is spent"
+        if operator == "dense" and problem.tokens > self.max_dense:
+            return f"longer than --max-dense {self.max_dense}"
+        return None
 
 
 def _identity(problem: Problem, operator: str, pass_name: str, implementation: str) -> dict:
@@ -156,20 +175,32 @@ def _identity(problem: Problem, operator: str, pass_name: str, implementation: s
         "implementation": implementation,
         "selection": "",
         **dict.fromkeys(_MEASURED),
+        "skipped": None,
         "error": None,
     }
+
+
+def _failure(error: Exception) -> dict:
+    """The fields of a record that say what went wrong. Too little memory is no failure."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"skipped": "out of memory"}
+    return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
 def _record(case: Case, pass_name: str, problem: Problem, rates: Rates, effort: Effort) -> dict:
     record = _identity(problem, case.operator, pass_name, case.implementation)
     record.update(selection=case.selection, **case.notes)
+    work = case.work(pass_name == "bwd")
+    floor = work.floor_seconds(rates.flops, rates.bytes)
+    if floor > effort.seconds:
+        record["skipped"] = f"one run takes at least {floor:.1f} s"
+        return record
     try:
         record.update(_measure(case, pass_name, problem.device, effort))
     except _FAILURES as error:
-        record["error"] = f"{type(error).__name__}: {error}"[:300]
+        record.update(_failure(error))
         return record
-    work, seconds = case.work(pass_name == "bwd"), record["ms"] / 1e3
-    floor = work.floor_seconds(rates.flops, rates.bytes)
+    seconds = record["ms"] / 1e3
     record.update(
         flops=work.flops,
         bytes=work.bytes,
@@ -183,25 +214,48 @@ def _record(case: Case, pass_name: str, problem: Problem, rates: Rates, effort: 
 def _cases(options: argparse.Namespace, problem: Problem, operator: str) -> Iterator[Case]:
     selections = [Selection(p, z) for p in options.persistence for z in options.zipf]
     yield from make_cases(problem, operator, selections)
-    yield from make_peer_cases(problem, operator, selections, options.max_dense)
+    yield from make_peer_cases(problem, operator, selections)
+
+
+def _free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _operator_records(
-    options: argparse.Namespace, problem: Problem, operator: str, rates: Rates
+    options: argparse.Namespace, problem: Problem, operator: str, rates: Rates, limits: _Limits
 ) -> Iterator[dict]:
-    effort = Effort(options.warmups, options.runs, options.seconds)
-    try:
-        for case in _cases(options, problem, operator):
-            for pass_name in options.passes if case.has_backward else ["fwd"]:
-                yield _record(case, pass_name, problem, rates, effort)
-    except _FAILURES as error:  # while the inputs were made: an operator before this one failed
-        failed = _identity(problem, operator, "fwd", "fsattn")
-        yield dict(failed, error=f"{type(error).__name__}: {error}"[:300])
+    unnamed = _identity(problem, operator, "fwd", "fsattn" if operator != "dense" else "any")
+    cases = _cases(options, problem, operator)
+    while True:
+        # Asked before the inputs are made, which takes time too.
+        reason = limits.reason_to_skip(problem, operator)
+        if reason is not None:
+            yield dict(unnamed, skipped=reason)
+            return
+        try:
+            case = next(cases, None)
+        except _FAILURES as error:  # an operator that makes the inputs failed
+            yield dict(unnamed, **_failure(error))
+            return
+        if case is None:
+            return
+        for pass_name in options.passes if case.has_backward else ["fwd"]:
+            yield _record(case, pass_name, problem, rates, limits.effort)
+        # Before the next case makes its inputs: two cases may not fit.
+        del case
+        _free_memory(problem.device)
 
 
 def _run(options: argparse.Namespace, lines: Path) -> list[dict]:
+    limits = _Limits(
+        Effort(options.warmups, options.runs, options.seconds),
+        time.monotonic() + options.budget,
+        options.max_dense,
+    )
     device, dtype = torch.device(options.device), _DTYPES[options.dtype]
-    environment = _environment(device)
+    environment = _environment(device, options.note)
     rates = measure_rates(device, dtype)
     environment.update(rate_gflops=rates.flops / 1e9, rate_gbytes=rates.bytes / 1e9)
     print(
@@ -213,7 +267,7 @@ def _run(options: argparse.Namespace, lines: Path) -> list[dict]:
         for tokens in options.lengths:
             problem = Problem(CONFIGS[name], tokens, dtype, device, options.seed)
             for operator in options.operators:
-                for record in _operator_records(options, problem, operator, rates):
+                for record in _operator_records(options, problem, operator, rates, limits):
                     records.append({**record, **environment})
                     write_line(lines, records[-1])
                     print(".", end="", flush=True)
@@ -232,7 +286,10 @@ def main(argv: list[str]) -> int:
     print(table(records))
     for path in [lines, *write_plots(records, options.out)]:
         print(f"wrote {path}")
+    for r in records:
+        problem = r["error"] or (r["skipped"] and f"skipped, {r['skipped']}")
+        if problem:
+            case = f"{r['config']} {r['tokens']} {r['operator']} {r['pass']} {r['implementation']}"
+            print(f"{case}: {problem}", file=sys.stderr)
     failed = [r for r in records if r["error"] is not None]
-    for r in failed:
-        print(f"{r['config']} {r['operator']} {r['pass']}: {r['error']}", file=sys.stderr)
     return 1 if any(r["implementation"] == "fsattn" for r in failed) else 0

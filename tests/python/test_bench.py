@@ -1,13 +1,15 @@
 """The benchmark: its counts against the masks, its selections, and one run from end to end."""
 
 import json
+import time
 
 import pytest
 import torch
 
 from fsattn import _bench_counts as counts
 from fsattn import bench
-from fsattn._bench_configs import CONFIGS, Config
+from fsattn._bench_configs import CONFIGS, PUBLISHED, Config
+from fsattn._bench_measure import Effort, Rates, measure
 from fsattn._bench_report import speedup_over_dense, table
 from fsattn._bench_selection import Selection, make_selection, selected_pairs
 
@@ -86,6 +88,73 @@ def test_a_run_writes_lines_that_stand_on_their_own(tmp_path, capsys):
     backward = [r for r in records if r["pass"] == "bwd" and r["implementation"] == "fsattn"]
     assert backward and all("bwd" in r["plan"] for r in backward)
     assert table(records) in capsys.readouterr().out
+
+
+@pytest.fixture
+def known_rates(monkeypatch):
+    """1 TFLOP/s and 100 GB/s, known instead of measured: that takes longer than these tests."""
+    monkeypatch.setattr(bench, "measure_rates", lambda *_: Rates(1e12, 1e11))
+
+
+def _records(folder, arguments):
+    status = bench.main([*f"--device cpu --runs 1 --warmups 0 {arguments} --out {folder}".split()])
+    lines = (folder / "bench.jsonl").read_text().splitlines()
+    return status, [json.loads(line) for line in lines]
+
+
+def test_a_spent_budget_and_a_case_too_long_are_named(tmp_path, known_rates, capsys):
+    status, records = _records(tmp_path, "--lengths 128 --operators window dense --budget 0")
+    assert status == 0 and [r["skipped"] for r in records] == ["the budget of the run is spent"] * 2
+    status, records = _records(tmp_path, "--lengths 128 --operators window --seconds 1e-9")
+    assert "one run takes at least" in records[-1]["skipped"] and records[-1]["ms"] is None
+    status, records = _records(tmp_path, "--lengths 128 --operators dense --max-dense 64")
+    assert records[-1]["skipped"] == "longer than --max-dense 64"
+    assert "128 dense fwd any: skipped, longer than --max-dense 64" in capsys.readouterr().err
+
+
+def test_too_little_memory_ends_a_case_and_not_the_run(tmp_path, known_rates, monkeypatch):
+    def no_memory(*_arguments, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench.make_cases.__globals__["functional"], "window_attention", no_memory)
+    status, records = _records(tmp_path, "--lengths 128 --operators window gate")
+    found = [(r["operator"], r["pass"], r["skipped"]) for r in records]
+    assert status == 0 and found[:2] == [
+        (w, p, "out of memory") for w, p in (("window", "fwd"), ("window", "bwd"))
+    ]
+    assert found[2:] == [("gate", "fwd", None), ("gate", "bwd", None)]
+
+
+def test_a_failure_is_named_and_decides_the_exit_status(tmp_path, known_rates, monkeypatch, capsys):
+    def broken(*_arguments, **_options):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(bench.make_cases.__globals__["functional"], "gate", broken)
+    status, records = _records(tmp_path, "--lengths 128 --operators gate --passes fwd")
+    assert status == 1 and records[0]["error"] == "RuntimeError: no such kernel"
+    assert "gate fwd fsattn: RuntimeError: no such kernel" in capsys.readouterr().err
+
+
+def test_a_long_call_runs_once_and_a_short_one_as_often_as_asked():
+    calls = []
+
+    def call():
+        calls.append(time.sleep(0.02))
+
+    found = measure(call, torch.device("cpu"), Effort(warmups=3, runs=5, seconds=0.01))
+    assert len(calls) == found.runs == 1 and found.median >= 20
+    calls.clear()
+    found = measure(call, torch.device("cpu"), Effort(warmups=2, runs=3, seconds=5.0))
+    # One for the memory, two warm-ups, three timed ones, one for the memory again.
+    assert len(calls) == 7 and found.runs == 3 and found.fastest <= found.median
+
+
+def test_all_stands_for_every_published_configuration():
+    names = {"nsa", "llama", "mha", "fsa128", "m3", "minicpm", "moba", "qsa", "nsa192", "d64"}
+    assert names <= set(PUBLISHED) and "small" not in PUBLISHED
+    options = bench._parser().parse_args(["--device", "cpu", "--configs", "all"])
+    bench._fill_defaults(options)
+    assert options.configs == list(PUBLISHED)
 
 
 def test_speedup_compares_equal_shapes():
