@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that can only be checked with a GPU, in one command: build, kernel tests, Python tests, and
-# the four tools of compute-sanitizer on small cases. Ends with a table of steps; fails if one failed.
+# Everything that needs a GPU to be checked, in one command: build, kernel tests, Python tests, and the
+# four tools of compute-sanitizer on small cases. Ends with a table of steps; fails if one failed.
 # Without a GPU it builds and says what it skipped. usage: tools/check_gpu.sh [step name part]...
 #   PYTHON     interpreter with PyTorch, numpy and pytest; default .venv/bin/python, else python3
 #   BUILD_DIR  default build/gpu; logs of the steps go to its folder check/

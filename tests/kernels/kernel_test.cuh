@@ -24,7 +24,8 @@ inline void finish_kernel() {
   cuda_ok(cudaDeviceSynchronize());
 }
 
-// An array on the device. Made from a size, all its bytes are 0xff: NaN in every floating-point type.
+// An array on the device. Made from a size, all its bytes are 0xff: NaN in every floating-point
+// type.
 template <class T>
 class DeviceArray {
  public:

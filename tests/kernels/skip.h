@@ -7,8 +7,9 @@
 
 namespace fsattn::test {
 
-// Prints why and returns true when there is no GPU, or when an argument that starts with "sm90" asks
-// for kernels of Hopper's own instructions and the GPU is another one. The caller then exits with 0.
+// Prints why and returns true when there is no GPU, or when an argument that starts with "sm90"
+// asks for kernels of Hopper's own instructions and the GPU is another one. The caller then exits
+// with 0.
 inline bool is_skipped(int argc, char** argv) {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {

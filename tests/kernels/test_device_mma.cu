@@ -1,5 +1,5 @@
-// Tensor-core primitives of sm_80 against naive products: fragment maps, swizzled tiles, the softmax.
-// Operands are small integers, so the products are exact and results compare with ==.
+// Tensor-core primitives of sm_80 against naive products: fragment maps, swizzled tiles, the
+// softmax. Operands are small integers, so the products are exact and results compare with ==.
 #include <algorithm>
 #include <cmath>
 
@@ -103,7 +103,8 @@ TEST(load_tile_fills_partial_rows_and_columns_with_zeros) {
   }
 }
 
-// out_s = A B^T (32 x 64, depth kCols), out_o = round(S) V (32 x kCols) with the packed S as operand.
+// out_s = A B^T (32 x 64, depth kCols), out_o = round(S) V (32 x kCols) with the packed S as
+// operand.
 template <class Element, int kCols>
 __global__ void products_kernel(MatrixView<Element> a, MatrixView<Element> b, MatrixView<Element> v,
                                 float* out_s, float* out_o) {
@@ -222,8 +223,8 @@ TEST(store_rows_writes_only_its_rows_and_columns) {
 
 constexpr float kScaleLog2 = 0.25f * device::kLog2E;
 
-// `steps` tiles of scores [16 x 64]; o gathers the probabilities of each tile at their own place, so
-// after finish() element (r, c) holds the sum over tiles of softmax(r)[tile, c].
+// `steps` tiles of scores [16 x 64]; o gathers the probabilities of each tile at their own place,
+// so after finish() element (r, c) holds the sum over tiles of softmax(r)[tile, c].
 template <class Element>
 __global__ void softmax_kernel(const float* scores, int steps, float* out, float* out_lse) {
   const int lane = threadIdx.x;
@@ -297,7 +298,8 @@ void test_softmax(double tolerance) {
 }
 
 TEST(online_softmax) {
-  // Half a unit in the last place of a probability of at most 1, and the error of ex2 at |x| ~ 2500.
+  // Half a unit in the last place of a probability of at most 1, and the error of ex2 at |x| ~
+  // 2500.
   test_softmax<__nv_bfloat16>(std::ldexp(1.0, -8));
   test_softmax<__half>(std::ldexp(1.0, -10));
 }

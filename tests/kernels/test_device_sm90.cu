@@ -16,8 +16,8 @@ using device::smem_address;
 
 constexpr int kStages = 2, kTurns = 7;
 
-// A warp fills stages with cp.async, another adds 1 and writes them out: both halves of the parity, and
-// a buffer that is overwritten only after the reader has freed it.
+// A warp fills stages with cp.async, another adds 1 and writes them out: both halves of the parity,
+// and a buffer that is overwritten only after the reader has freed it.
 __global__ void ring_kernel(const uint32_t* in, uint32_t* out) {
   __shared__ __align__(16) uint32_t stage[kStages][128];
   __shared__ __align__(8) uint64_t full[kStages], empty[kStages];
@@ -137,8 +137,8 @@ __device__ void store_d(float* out, const float (&d)[kCount]) {
   }
 }
 
-// Three products of 64 x 64 x 64 and 64 x 128 x 64: A in registers with B [n][k], A in shared memory
-// with B [n][k], A in registers with B [k][n].
+// Three products of 64 x 64 x 64 and 64 x 128 x 64: A in registers with B [n][k], A in shared
+// memory with B [n][k], A in registers with B [k][n].
 template <class Element>
 __global__ void __launch_bounds__(kWarpgroup)
     wgmma_kernel(const Element* a, const Element* b, const Element* v, float* out_rs, float* out_ss,

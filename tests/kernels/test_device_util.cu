@@ -1,4 +1,5 @@
-// Scans, the top-k list of a warp, packed-batch searches, conversions and divisions against plain loops.
+// Scans, the top-k list of a warp, packed-batch searches, conversions and divisions against plain
+// loops.
 #include <algorithm>
 #include <climits>
 #include <numeric>
@@ -46,23 +47,26 @@ TEST(cta_exclusive_scan) {
   }
 }
 
-// Scores arrive in batches of up to 32, batch sizes as given.
+// Scores arrive in batches of up to 32, batch sizes as given. List 1 gets the keys of list 0 from
+// the highest lane down, so both must end the same.
 __global__ void topk_kernel(const float* scores, const int* index, const int* batches,
                             int num_batches, int capacity, device::RankKey* out) {
-  __shared__ device::RankKey list[128], buffer[device::kWarpSize];
+  __shared__ device::RankKey keys[2][128];
+  device::RankKey* const lists[2] = {keys[0], keys[1]};
   const int lane = threadIdx.x;
-  const device::WarpTopK top{list, buffer, capacity};
-  top.clear(lane);
+  for (int i = lane; i < 2 * 128; i += device::kWarpSize) keys[i / 128][i % 128] = 0;
   __syncwarp();
   int first = 0;
   for (int b = 0; b < num_batches; ++b) {
-    if (lane < batches[b])
-      buffer[lane] = device::rank_key(scores[first + lane], index[first + lane]);
-    __syncwarp();
-    top.merge(batches[b], lane);
+    device::RankKey fresh[2] = {};
+    if (lane < batches[b]) fresh[0] = device::rank_key(scores[first + lane], index[first + lane]);
+    fresh[1] = __shfl_sync(device::kFullMask, fresh[0], device::kWarpSize - 1 - lane);
+    device::merge_into(lists, capacity, fresh, lane);
     first += batches[b];
   }
-  for (int i = lane; i < capacity; i += device::kWarpSize) out[i] = list[i];
+  __syncwarp();
+  for (int i = lane; i < 2 * capacity; i += device::kWarpSize)
+    out[i] = keys[i / capacity][i % capacity];
 }
 
 // Few distinct scores, so most comparisons are ties; `order` permutes the arrival.
@@ -88,7 +92,7 @@ void test_topk(int count, int capacity, int distinct, int order) {
   }
   const DeviceArray<float> dscores(scores);
   const DeviceArray<int> dindex(index), dbatches(batches);
-  const DeviceArray<device::RankKey> dout(static_cast<size_t>(capacity));
+  const DeviceArray<device::RankKey> dout(static_cast<size_t>(2 * capacity));
   topk_kernel<<<1, 32>>>(dscores.get(), dindex.get(), dbatches.get(),
                          static_cast<int>(batches.size()), capacity, dout.get());
   finish_kernel();
@@ -97,12 +101,13 @@ void test_topk(int count, int capacity, int distinct, int order) {
   std::sort(want.begin(), want.end(),
             [&](int a, int b) { return score(a) != score(b) ? score(a) > score(b) : a < b; });
   const std::vector<device::RankKey> got = dout.host();
-  for (int i = 0; i < capacity; ++i) {
+  for (int i = 0; i < 2 * capacity; ++i) {
     const device::RankKey key = got[static_cast<size_t>(i)];
-    if (i >= count) {
+    const int rank = i % capacity;
+    if (rank >= count) {
       EXPECT_EQ(key, device::RankKey{0});
     } else {
-      EXPECT_EQ(static_cast<int>(~static_cast<uint32_t>(key)), want[static_cast<size_t>(i)]);
+      EXPECT_EQ(static_cast<int>(~static_cast<uint32_t>(key)), want[static_cast<size_t>(rank)]);
     }
   }
 }
