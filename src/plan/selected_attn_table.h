@@ -214,19 +214,19 @@ constexpr SelectedIndexRegions take_index_regions(const SelectedShape& shape, Wo
 
 // ---- Forward ----
 
-// Scratch of the block-major forward. The partial rows and their lse obey the cap; the rest is
+// Scratch of the block-major forward. The partial rows and their statistics obey the cap; the rest is
 // linear in the number of tokens.
 struct SelectedFwdLayout {
   SelectedSplit split;
   SelectedIndexRegions index;
-  size_t counters, item_counts, items, partial_lse, partial, bytes;
+  size_t counters, item_counts, items, partial_stats, partial, bytes;
 };
 
 constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape) {
   SelectedFwdLayout l{};
   l.split = split_selected(
       shape, {.keys = selected_keys(shape.head_dim, shape.head_dim_v, shape.block_size),
-              .row_bytes = shape.head_dim_v * 2 + 4,
+              .row_bytes = shape.head_dim_v * 2 + 8,
               .item_rows = 1024,
               .range_rows = 32768});
   const SelectedSplit& s = l.split;
@@ -236,7 +236,7 @@ constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape) {
   l.counters = at.take(s.num_launches * 4);
   l.item_counts = at.take(s.segments_per_build() * 4);
   l.items = at.take(s.segments_per_build() * s.item_capacity * kSelectedItemBytes);
-  l.partial_lse = at.take(rows * 4);
+  l.partial_stats = at.take(rows * 8);
   l.partial = at.take(rows * shape.head_dim_v * 2);
   l.bytes = at.bytes;
   return l;
@@ -256,10 +256,13 @@ constexpr bool fits(const SelectedAttnFwdConfig& config, Arch arch, const Proble
          selected_keys(p.head_dim, p.head_dim_v, p.block_size) <= config.keys;
 }
 
-// Query-major reads a key once for the whole group. From about 32 heads on that is less traffic than a
-// partial row for every head and block. The rule may look at nothing that differs between the sequences
-// of a batch or between batches: what a sequence gets must not depend on its neighbours.
-constexpr bool is_query_major(const Problem& p) { return p.group_size() > 32; }
+// Query-major reads a key once for the whole group, block-major moves a partial row for every head and
+// block; above these sizes of the group the former is less (measured on an H200). The rule may look at
+// nothing that differs between the sequences of a batch or between batches: what a sequence gets must
+// not depend on its neighbours.
+constexpr bool is_query_major(const Problem& p) {
+  return p.group_size() >= (p.head_dim <= 64 && p.head_dim_v <= 64 ? 56 : 40);
+}
 
 // Returns the row of kSelectedAttnFwdTable, or -1 when no kernel fits.
 constexpr int find_selected_attn_fwd_row(Arch arch, const Problem& problem) {

@@ -99,7 +99,7 @@ struct Shape {
   std::vector<int> len_q, len_k;
   std::vector<int> offset;  // empty: bottom-right
   int size = 32, stride = 16;
-  int window = -1;   // negative: compressed
+  int window = -1;  // negative: compressed
   int gap = 0;
   double logit = 1.0;  // scale of q
   int extra_keys = 0;  // rows of k_cmp behind the last sequence

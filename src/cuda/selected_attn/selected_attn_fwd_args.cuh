@@ -18,8 +18,10 @@ struct FwdArgs {
   int chunks_v;   // and of v, o and a partial row
   float scale_log2;
   void* partial;  // [segments of the launch, range, partials, G, Dv] normalised, input dtype
-  float*
-      partial_lse;  // [segments of the launch, range, partials, G] base 2; kNoPartial if unwritten
+  // [segments of the launch, range, partials, G] {shift, sum}: what the row's exponents (base 2) were
+  // relative to and the sum of the powers. Not one lse: to a shift of 2^60 a sum would add nothing.
+  // The sum is kNoPartial if nobody wrote the row.
+  float2* partial_stats;
 };
 
 // Bytes 0xff: a NaN that no arithmetic produces marks a partial row that nobody wrote.

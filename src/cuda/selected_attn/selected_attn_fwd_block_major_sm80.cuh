@@ -2,7 +2,7 @@
 //
 // Math    for an item (one part of a block, rows = (query, head of the group)):
 //             S = softmax_scale * Q K^T (causal inside the query's own block), m = rowmax S
-//             P = 2^(S - m), l = rowsum P; partial = P V / l in the input dtype, lse = m + log2 l
+//             P = 2^(S - m), l = rowsum P; partial = P V / l in the input dtype, with m and l
 //         The merge kernel adds the partial rows of a query up.
 // Shapes  params/attention.h; head dims up to the row's, padded with zeros in shared memory.
 // Tiles   persistent CTAs of 4 warps take items from a counter. K, V of the part stay in shared
@@ -12,7 +12,7 @@
 // Memory  K + V + 4 warps x 2 stages: 96 KiB at 128/128/64 keys, two CTAs an SM on sm_90.
 // Numbers two tiles of 64 keys (128-key rows) keep both P in registers against their own running
 //         maximum; the first product is rescaled once, between the two halves of P V.
-// Bound   per row and block: 2 D bytes read from the L2, 2 Dv + 4 written to memory; 4 D * keys FLOP.
+// Bound   per row and block: 2 D bytes read from the L2, 2 Dv + 8 written to memory; 4 D * keys FLOP.
 #pragma once
 #include "cuda/device/cache_hint_sm80.cuh"
 #include "cuda/device/tile_sm80.cuh"
@@ -99,12 +99,14 @@ struct RowState {
   float keep[2 * T::kM];  // what the newest tile's maximum leaves of the older ones
 };
 
-// Updates the maxima; returns the scale that is left to apply to the scores.
+// Updates the maxima; scale[i] is what is left to apply to the scores of row i. What a row gets must not
+// depend on the other rows of its tile, some of which do not even exist.
 template <class T>
-__device__ __forceinline__ float update_maxima(float (&s)[T::kM][8][4], bool is_first,
-                                               float scale_log2, RowState<T>& state) {
+__device__ __forceinline__ void update_maxima(float (&s)[T::kM][8][4], bool is_first,
+                                              float scale_log2, RowState<T>& state,
+                                              float (&scale)[2 * T::kM]) {
   constexpr float kHeadroom = headroom<typename T::Element>(T::kSummedKeys);
-  bool is_large = false;
+  bool is_any_large = false;
 #pragma unroll
   for (int i = 0; i < 2 * T::kM; ++i) {
     const int m = i / 2, half = i % 2 * 2;
@@ -112,7 +114,9 @@ __device__ __forceinline__ float update_maxima(float (&s)[T::kM][8][4], bool is_
 #pragma unroll
     for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(s[m][j][half], s[m][j][half + 1]));
     top = device::quad_max(top) * scale_log2;
-    is_large |= fabsf(top) > kLargeLogit && top > -INFINITY;
+    const bool is_large = fabsf(top) > kLargeLogit;
+    is_any_large |= is_large;
+    scale[i] = is_large ? 1.f : scale_log2;
     top += kHeadroom;
     // The first key of a part is visible to all rows of its items, so `top` is finite from here on.
     if (!is_first) {
@@ -121,25 +125,27 @@ __device__ __forceinline__ float update_maxima(float (&s)[T::kM][8][4], bool is_
     }
     state.top[i] = top;
   }
-  if (!__any_sync(kFullMask, is_large)) return scale_log2;
+  if (!__any_sync(kFullMask, is_any_large)) return;
 #pragma unroll
-  for (int i = 0; i < T::kM * 32; ++i) s[i / 32][i / 4 % 8][i % 4] *= scale_log2;
-  return 1.f;
+  for (int i = 0; i < T::kM * 32; ++i) {
+    if (scale[i / 32 * 2 + i % 4 / 2] == 1.f) s[i / 32][i / 4 % 8][i % 4] *= scale_log2;
+  }
 }
 
 template <class T>
 __device__ __forceinline__ void softmax_tile(float (&s)[T::kM][8][4], bool is_first,
                                              float scale_log2, RowState<T>& state,
                                              uint32_t (&prob)[T::kM][8][2]) {
-  const float scale = update_maxima<T>(s, is_first, scale_log2, state);
+  float scale[2 * T::kM];
+  update_maxima<T>(s, is_first, scale_log2, state, scale);
 #pragma unroll
   for (int i = 0; i < 2 * T::kM; ++i) {
     const int m = i / 2, half = i % 2 * 2;
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float p0 = device::exp2_approx(fmaf(s[m][j][half], scale, -state.top[i]));
-      const float p1 = device::exp2_approx(fmaf(s[m][j][half + 1], scale, -state.top[i]));
+      const float p0 = device::exp2_approx(fmaf(s[m][j][half], scale[i], -state.top[i]));
+      const float p1 = device::exp2_approx(fmaf(s[m][j][half + 1], scale[i], -state.top[i]));
       sum += p0 + p1;
       prob[m][j][i % 2] = device::pack_pair<typename T::Element>(p0, p1);
     }
@@ -154,11 +160,12 @@ struct PartTiles {
   float scale_log2;
 };
 
-// One tile of rows. On return the stage holds the normalised output; lse[i] belongs to row
+// One tile of rows. On return the stage holds the normalised output; stats[i] belongs to row
 // i * 8 + lane / 4. limit_of_lane: the last visible key of lane r's row.
 template <class T>
 __device__ __forceinline__ void attend_tile(uint32_t stage, const PartTiles& part, bool is_masked,
-                                            int limit_of_lane, int lane, float (&lse)[2 * T::kM]) {
+                                            int limit_of_lane, int lane,
+                                            float2 (&stats)[2 * T::kM]) {
   using Element = typename T::Element;
   uint32_t prob[T::kTiles][T::kM][8][2];
   RowState<T> state;
@@ -177,7 +184,7 @@ __device__ __forceinline__ void attend_tile(uint32_t stage, const PartTiles& par
   for (int i = 0; i < 2 * T::kM; ++i) {
     const float sum = device::quad_sum(state.sum[i]);
     inverse[i] = 1.f / sum;
-    lse[i] = state.top[i] + device::log2_approx(sum);
+    stats[i] = {state.top[i], sum};
   }
   __syncwarp();  // every lane has read its queries: the stage becomes the output tile
 #pragma unroll
@@ -282,13 +289,13 @@ __device__ __forceinline__ void attend_item(const FwdArgs& a, const Item& item, 
       limit = min(token - item.diag_token, last_key);
     }
     const bool is_masked = __any_sync(kFullMask, limit < part.num_tiles * T::kTileKeys - 1);
-    float lse[2 * T::kM];
-    attend_tile<T>(here, part, is_masked, limit, lane, lse);
+    float2 stats[2 * T::kM];
+    attend_tile<T>(here, part, is_masked, limit, lane, stats);
     scatter_rows<T>(here, a.partial, out_row, a.chunks_v, lane, for_partials);
 #pragma unroll
     for (int i = 0; i < 2 * T::kM; ++i) {
       const int to = __shfl_sync(kFullMask, out_row, i * 8 + lane / 4);
-      if (lane % 4 == 0 && to >= 0) __stcs(a.partial_lse + to, lse[i]);
+      if (lane % 4 == 0 && to >= 0) __stcs(a.partial_stats + to, stats[i]);
     }
     __syncwarp();  // the stage may be refilled
     row = next_row;

@@ -10,7 +10,7 @@
 // Memory  K, V 2 x 32 KiB, queries 3 groups x 3 stages x 64 x 272 B (153 KiB), entries 6 KiB. Query rows
 //         are padded to 272 B, so that ldmatrix needs no swizzle; the output takes their stage.
 // Regs    Q 32 + S 32, then P 16 + O 64. 16 warps x 128 are the whole register file.
-// Bound   per row and block 256 B read (L2), 260 B written (memory), 32.8 kFLOP. What limits is the
+// Bound   per row and block 256 B read (L2), 264 B written (memory), 32.8 kFLOP. What limits is the
 //         consumers' chain of instructions: docs/kernels/selected_attn.md.
 #pragma once
 #include "cuda/device/barrier_sm90.cuh"
@@ -252,19 +252,22 @@ __device__ __forceinline__ void softmax(float (&acc)[32], float scale_log2, floa
   for (int i = 0; i < 32; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], acc[i]);
   top[0] = device::quad_max(top[0]) * scale_log2;
   top[1] = device::quad_max(top[1]) * scale_log2;
-  float scale = scale_log2;
-  if (__any_sync(kFullMask, fmaxf(fabsf(top[0]), fabsf(top[1])) > kLargeLogit)) {
+  // What a row gets must not depend on the other rows of its tile, some of which do not even exist.
+  const bool is_large[2] = {fabsf(top[0]) > kLargeLogit, fabsf(top[1]) > kLargeLogit};
+  const float scale[2] = {is_large[0] ? 1.f : scale_log2, is_large[1] ? 1.f : scale_log2};
+  if (__any_sync(kFullMask, is_large[0] || is_large[1])) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) acc[i] *= scale_log2;
-    scale = 1.f;
+    for (int i = 0; i < 32; ++i) {
+      if (is_large[i / 2 % 2]) acc[i] *= scale_log2;
+    }
   }
   top[0] += headroom<typename T::Element>(T::kKeys);
   top[1] += headroom<typename T::Element>(T::kKeys);
 #pragma unroll
   for (int i = 0; i < 32; i += 2) {
     const int half = i / 2 % 2;
-    const float p0 = device::exp2_approx(fmaf(acc[i], scale, -top[half]));
-    const float p1 = device::exp2_approx(fmaf(acc[i + 1], scale, -top[half]));
+    const float p0 = device::exp2_approx(fmaf(acc[i], scale[half], -top[half]));
+    const float p1 = device::exp2_approx(fmaf(acc[i + 1], scale[half], -top[half]));
     sum[half] += p0 + p1;
     prob[i / 8][i / 2 % 4] = device::pack_pair<typename T::Element>(p0, p1);
   }
@@ -340,36 +343,53 @@ __device__ __forceinline__ void consume_tile(const FwdArgs& a, const WgmmaSmem<T
   }
   device::wgmma_commit();
   const float total0 = device::quad_sum(sum[0]), total1 = device::quad_sum(sum[1]);
-  const float lse0 = top[0] + device::log2_approx(total0);
-  const float lse1 = top[1] + device::log2_approx(total1);
-  const float lane_lse0 = __shfl_sync(kFullMask, lse0, lane % 8 * 4);
-  const float lane_lse1 = __shfl_sync(kFullMask, lse1, lane % 8 * 4);
-  if (out_row >= 0) __stcs(a.partial_lse + out_row, lane < 8 ? lane_lse0 : lane_lse1);
+  // Lane r's row: its quad has lane r % 8 * 4 first.
+  const int owner = lane % 8 * 4;
+  const float2 low = {__shfl_sync(kFullMask, top[0], owner), __shfl_sync(kFullMask, total0, owner)};
+  const float2 high = {__shfl_sync(kFullMask, top[1], owner),
+                       __shfl_sync(kFullMask, total1, owner)};
+  if (out_row >= 0) __stcs(a.partial_stats + out_row, lane < 8 ? low : high);
   device::wgmma_wait();
   write_tile<T>(a, here, s.q_empty(group, ring.stage), o, __fdividef(1.f, total0),
                 __fdividef(1.f, total1), out_row, lane);
 }
 
+// Where a consumer warp stands in the tiles that are dealt out over all items.
+struct TileCursor {
+  int first_tile;  // of the next item
+  int use;         // tiles taken so far
+};
+
+// Item n; returns false behind the last one. kBuffer = n % kKvBuffers is a constant, so that addresses
+// and descriptors of K and V are too.
+template <class T, int kBuffer>
+__device__ __forceinline__ bool consume_item(const FwdArgs& a, const WgmmaSmem<T>& s, int n,
+                                             TileCursor& cursor, int warp, int lane) {
+  const int group = warp / 4, row0 = warp % 4 * T::kRows, entry_buffer = n % T::kEntryBuffers;
+  device::mbarrier_wait(s.item_full(entry_buffer), n / T::kEntryBuffers & 1);
+  const Item item = s.items()[entry_buffer];
+  if (item.count == 0) return false;
+  const ItemRows at(a.space, item);
+  const int num_tiles = (at.num_rows + T::kTileRows - 1) / T::kTileRows;
+  device::mbarrier_wait(s.kv_full(kBuffer), n / T::kKvBuffers & 1);
+  int tile = cursor.first_tile;
+  for (; tile < num_tiles; tile += T::kGroups, ++cursor.use) {
+    consume_tile<T>(a, s, item, at, s.entries(entry_buffer), tile, s.kv(kBuffer), group, cursor.use,
+                    row0, lane);
+  }
+  cursor.first_tile = tile - num_tiles;
+  if (lane == 0) device::mbarrier_arrive(s.kv_empty(kBuffer));
+  return true;
+}
+
 template <class T>
 __device__ __forceinline__ void consume(const FwdArgs& a, const WgmmaSmem<T>& s, int warp,
                                         int lane) {
-  const int group = warp / 4, row0 = warp % 4 * T::kRows;
-  int first_tile = group, use = 0;
-  for (int n = 0;; ++n) {
-    const int entry_buffer = n % T::kEntryBuffers, kv_buffer = n % T::kKvBuffers;
-    device::mbarrier_wait(s.item_full(entry_buffer), n / T::kEntryBuffers & 1);
-    const Item item = s.items()[entry_buffer];
-    if (item.count == 0) break;
-    const ItemRows at(a.space, item);
-    const int num_tiles = (at.num_rows + T::kTileRows - 1) / T::kTileRows;
-    device::mbarrier_wait(s.kv_full(kv_buffer), n / T::kKvBuffers & 1);
-    int tile = first_tile;
-    for (; tile < num_tiles; tile += T::kGroups, ++use) {
-      consume_tile<T>(a, s, item, at, s.entries(entry_buffer), tile, s.kv(kv_buffer), group, use,
-                      row0, lane);
-    }
-    first_tile = tile - num_tiles;
-    if (lane == 0) device::mbarrier_arrive(s.kv_empty(kv_buffer));
+  static_assert(T::kKvBuffers == 2);
+  TileCursor cursor{warp / 4, 0};
+  for (int n = 0;; n += 2) {
+    if (!consume_item<T, 0>(a, s, n, cursor, warp, lane)) break;
+    if (!consume_item<T, 1>(a, s, n + 1, cursor, warp, lane)) break;
   }
 }
 

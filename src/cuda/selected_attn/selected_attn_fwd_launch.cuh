@@ -27,7 +27,7 @@ inline FwdArgs make_fwd_args(const SelectedAttnFwdParams& params, const Selected
   a.chunks_v = static_cast<int>(shape.head_dim_v / 8);
   a.scale_log2 = static_cast<float>(t.shape.softmax_scale) * device::kLog2E;
   a.partial = scratch + layout.partial;
-  a.partial_lse = reinterpret_cast<float*>(scratch + layout.partial_lse);
+  a.partial_stats = reinterpret_cast<float2*>(scratch + layout.partial_stats);
   return a;
 }
 
@@ -102,6 +102,10 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
   int* counters = reinterpret_cast<int*>(scratch + layout.counters);
   const size_t counter_bytes = static_cast<size_t>(split.num_launches) * sizeof(int);
   FSATTN_CUDA_CHECK(cudaMemsetAsync(counters, 0, counter_bytes, cuda_stream));
+  // No partial row is written yet; the merge of each launch leaves them so for the next.
+  const int64_t rows = split.rows_per_launch(shape.group_size());
+  const size_t stats_bytes = static_cast<size_t>(rows) * sizeof(float2);
+  FSATTN_CUDA_CHECK(cudaMemsetAsync(a.partial_stats, 0xff, stats_bytes, cuda_stream));
   const MainKernel<kConfig> main_kernel(params);
   const int num_ctas = main_kernel.num_ctas(split);
 
@@ -119,8 +123,6 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
     a.list.counter = counters + launch;
     a.list.num_segments =
         static_cast<int>(std::min(split.segments_per_launch, split.num_segments - first));
-    const size_t lse_bytes = static_cast<size_t>(split.rows_per_launch(shape.group_size())) * 4;
-    FSATTN_CUDA_CHECK(cudaMemsetAsync(a.partial_lse, 0xff, lse_bytes, cuda_stream));
     main_kernel.launch(a, num_ctas, cuda_stream);
     launch_merge<kConfig>(a, cuda_stream);
     FSATTN_CUDA_CHECK(cudaGetLastError());

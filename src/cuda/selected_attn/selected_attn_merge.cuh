@@ -1,10 +1,10 @@
 // selected_attn_merge: adds up the partial rows of a query row.
 //
-// Math    lse = log2 sum_s 2^lse_s, o = sum_s 2^(lse_s - lse) o_s over the written partial rows, in
-//         ascending order of s, so the result does not depend on who wrote them when.
-//         None written: o = 0, lse = -inf.
+// Math    M = max_s m_s, w_s = l_s 2^(m_s - M), o = sum_s w_s o_s / sum_s w_s, lse = M + log2 sum_s w_s
+//         over the written partial rows, in ascending order of s, so the result does not depend on who
+//         wrote them when. None written: o = 0, lse = -inf. Marks all rows as unwritten again.
 // Tiles   kLanes lanes a row (16 bytes each), 256 threads a CTA, grid (rows of a segment, segments).
-// Bound   memory: (2 Dv + 4) bytes per partial row; eight rows in flight a lane.
+// Bound   memory: (2 Dv + 8) bytes per partial row; eight rows in flight a lane.
 #pragma once
 #include "cuda/device/element.cuh"
 #include "cuda/selected_attn/selected_attn_fwd_args.cuh"
@@ -20,24 +20,27 @@ __device__ __forceinline__ unsigned row_lanes() {
   return ((1u << kLanes) - 1) << (threadIdx.x % kWarpSize / kLanes * kLanes);
 }
 
-__device__ __forceinline__ float load_partial_lse(const float* lse) {
-  const float x = __ldcs(lse);
-  return __float_as_uint(x) == kNoPartial ? -INFINITY : x;
+// {shift, sum} of a partial row; {-inf, 0} if nobody wrote it.
+__device__ __forceinline__ float2 load_stats(const float2* stats) {
+  const float2 x = __ldcs(stats);
+  return __float_as_uint(x.y) == kNoPartial ? float2{-INFINITY, 0.f} : x;
 }
 
-// Maximum and sum of 2^(lse - maximum) over `count` partial rows that are `stride` apart.
+// The row's share of the result. Equal shifts give the factor 1 however large they are.
+__device__ __forceinline__ float weight_of(const float2& stats, float top) {
+  return stats.x == -INFINITY ? 0.f : stats.y * exp2f(stats.x - top);
+}
+
+// Largest shift and sum of the weights over `count` partial rows that are `stride` apart.
 template <int kLanes>
-__device__ __forceinline__ float2 reduce_lse(const float* lse, int count, int64_t stride, int lane,
-                                             unsigned peers) {
+__device__ __forceinline__ float2 reduce_stats(const float2* stats, int count, int64_t stride,
+                                               int lane, unsigned peers) {
   float top = -INFINITY;
-  for (int s = lane; s < count; s += kLanes) top = fmaxf(top, load_partial_lse(lse + s * stride));
+  for (int s = lane; s < count; s += kLanes) top = fmaxf(top, load_stats(stats + s * stride).x);
 #pragma unroll
   for (int d = 1; d < kLanes; d *= 2) top = fmaxf(top, __shfl_xor_sync(peers, top, d));
   float sum = 0.f;
-  for (int s = lane; s < count; s += kLanes) {
-    const float x = load_partial_lse(lse + s * stride);
-    sum += x == -INFINITY ? 0.f : exp2f(x - top);
-  }
+  for (int s = lane; s < count; s += kLanes) sum += weight_of(load_stats(stats + s * stride), top);
 #pragma unroll
   for (int d = 1; d < kLanes; d *= 2) sum += __shfl_xor_sync(peers, sum, d);
   return {top, sum};
@@ -59,19 +62,19 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
 
   const int64_t row0 =
       (int64_t{blockIdx.y} * space.range + local) * space.partials * space.group + h;
-  const float* lse = a.partial_lse + row0;
-  const float2 total = reduce_lse<kLanes>(lse, space.partials, space.group, lane, peers);
+  float2* stats = a.partial_stats + row0;
+  const float2 total = reduce_stats<kLanes>(stats, space.partials, space.group, lane, peers);
   const float top = total.x, inverse = total.y > 0.f ? 1.f / total.y : 0.f;
   const uint4* source = static_cast<const uint4*>(a.partial) + row0 * a.chunks_v + lane;
   const int64_t stride = int64_t{space.group} * a.chunks_v;
   float acc[8] = {};
   for (int batch = 0; batch < space.partials; batch += kLanes) {
     const int mine = batch + lane;
-    const float x =
-        mine < space.partials ? load_partial_lse(lse + int64_t{mine} * space.group) : -INFINITY;
-    const float weight_of_lane = x == -INFINITY ? 0.f : exp2f(x - top) * inverse;
+    const float2 x = mine < space.partials ? load_stats(stats + int64_t{mine} * space.group)
+                                           : float2{-INFINITY, 0.f};
+    const float weight_of_lane = weight_of(x, top) * inverse;
     const unsigned written =
-        __ballot_sync(peers, x != -INFINITY) >> (threadIdx.x % kWarpSize - lane);
+        __ballot_sync(peers, x.x != -INFINITY) >> (threadIdx.x % kWarpSize - lane);
     const int count = min(kLanes, space.partials - batch);
     for (int s0 = 0; s0 < count; s0 += kUnroll) {
       uint4 chunk[kUnroll];
@@ -92,6 +95,10 @@ __global__ void __launch_bounds__(kMergeThreads, 3)
         }
       }
     }
+  }
+  // The next launch finds the rows unwritten. A lane has read what it resets, and nobody else has.
+  for (int i = lane; i < space.partials; i += kLanes) {
+    stats[int64_t{i} * space.group].y = __uint_as_float(kNoPartial);
   }
   const int head = kv_head * space.group + h;
   if (is_inside) {
