@@ -1,0 +1,194 @@
+"""How calls run on a GPU: the same bits every time, under compile, in graphs, on several streams."""
+
+import pytest
+import torch
+from cuda_support import (
+    CALLS,
+    DEVICE,
+    NEEDS_CUDA,
+    WINDOWS,
+    Sizes,
+    assert_same_results,
+    device_randn,
+    forward_backward,
+    make_douts,
+)
+from support import assert_same_bits
+
+import fsattn
+
+pytestmark = NEEDS_CUDA
+
+# Enough work that thread blocks of a whole GPU run side by side, in varying order.
+BUSY = Sizes([6000, 1, 2191], heads_q=16, heads_kv=4, dim=128, topk=8)
+
+
+def _with_douts(op, sizes, seed=0):
+    call = CALLS[op](sizes, seed)
+    if call.is_ranking:
+        return call, None
+    with torch.no_grad():
+        return call, make_douts(call.run(*call.inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("op", CALLS)
+def test_runs_are_equal(op, dtype):
+    """The same bits again and again, also while another stream keeps the GPU busy."""
+    call, douts = _with_douts(op, Sizes(**{**vars(BUSY), "dtype": dtype}))
+    want = forward_backward(call, douts)
+    assert_same_results(op, forward_backward(call, douts), want)
+    noise, side = device_randn(2048, 2048), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(100):
+            noise = noise @ noise * 1e-3
+    found = forward_backward(call, douts)
+    torch.cuda.synchronize()
+    assert_same_results(op, found, want)
+
+
+@pytest.fixture
+def deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("op", CALLS)
+def test_deterministic_algorithms_change_nothing(op, request):
+    """No error, no warning, the same bits; PyTorch fills new memory with NaN in this mode."""
+    call, douts = _with_douts(op, BUSY)
+    want = forward_backward(call, douts)
+    request.getfixturevalue("deterministic_algorithms")
+    assert_same_results(op, forward_backward(call, douts), want)
+
+
+@pytest.mark.parametrize("op", ["native_sparse_attention", "selected_attention"])
+def test_two_streams_at_once(op):
+    """Calls that overlap on two streams give what they give one after the other."""
+    calls = [_with_douts(op, BUSY, seed) for seed in (1, 11)]
+    want = [forward_backward(*c) for c in calls]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    found = [[], []]
+    for _ in range(3):
+        for i, (stream, pair) in enumerate(zip(streams, calls, strict=True)):
+            with torch.cuda.stream(stream):
+                found[i].append(forward_backward(*pair))
+    torch.cuda.synchronize()
+    for results, expected in zip(found, want, strict=True):
+        for result in results:
+            assert_same_results(op, result, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("op", CALLS)
+def test_the_device_of_the_tensors_counts(op, current):
+    """Whatever GPU is current, the work runs on the one of the tensors and is right."""
+    sizes = Sizes([700, 90])
+    call, douts = _with_douts(op, sizes)
+    want = forward_backward(call, douts)
+    with torch.cuda.device(1 - current):
+        other, _ = _with_douts(op, sizes)
+    with torch.cuda.device(current):
+        moved = None if douts is None else [d.to(f"cuda:{1 - current}") for d in douts]
+        found = forward_backward(other, moved)
+    moved_back = [[x.to(DEVICE) for x in part] for part in found]
+    assert_same_results(op, moved_back, want)
+
+
+def _whole_inputs():
+    shapes = [(2, 300, 4, 64), (2, 300, 2, 64), (2, 300, 2, 64), (2, 300, 4, 3)]
+    return [device_randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+
+
+def _whole(q, k, v, gates):
+    k_cmp, _ = fsattn.compress_kv(k, **WINDOWS)
+    v_cmp, _ = fsattn.compress_kv(v, **WINDOWS)
+    return fsattn.native_sparse_attention(q, k, v, k_cmp, v_cmp, gates, topk=4)
+
+
+def _gradients(function, inputs, dout):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    output = function(*leaves)
+    return [output.detach()], list(torch.autograd.grad(output, leaves, dout))
+
+
+def test_compile_the_whole_operator():
+    """Inductor, one graph, forward and backward: the bits of eager execution."""
+    pytest.importorskip("triton")
+    inputs, dout = _whole_inputs(), device_randn(2, 300, 4, 64, seed=9)
+    want = _gradients(_whole, inputs, dout)
+    found = _gradients(torch.compile(_whole, fullgraph=True), inputs, dout)
+    assert_same_results("compiled", found, want)
+
+
+def _module(**options):
+    torch.manual_seed(0)
+    rope = fsattn.RopeConfig(head_dim=64, max_position_embeddings=1024)
+    layer = fsattn.NativeSparseAttention(128, 4, 2, 64, rope_config=rope, topk=4, **options)
+    return layer.to(DEVICE, torch.bfloat16)
+
+
+def _step(layer, x, dout, *arguments, **options):
+    """Output and gradients of the input and of every parameter."""
+    leaf = x.detach().requires_grad_()
+    y = layer(leaf, *arguments, **options)
+    gradients = torch.autograd.grad(y, [leaf, *layer.parameters()], dout)
+    return [y.detach()], list(gradients)
+
+
+def test_compile_the_module():
+    """Inductor, one graph. It fuses and rounds the layers around the operators in its own way."""
+    pytest.importorskip("triton")
+    layer, cu = _module(), torch.tensor([0, 200, 201, 500], dtype=torch.int32, device=DEVICE)
+    x, dout = device_randn(500, 128, seed=1), device_randn(500, 128, seed=2)
+    # A selection decided once: a rounding more or less may exchange blocks of equal rank.
+    _, ids = layer(x, cu, return_topk_idx=True)
+    want = _step(layer, x, dout, cu, topk_idx=ids)
+    found = _step(torch.compile(layer, fullgraph=True), x, dout, cu, topk_idx=ids)
+    for mine, theirs in zip([*found[0], *found[1]], [*want[0], *want[1]], strict=True):
+        error = (mine.float() - theirs.float()).square().mean().sqrt()
+        assert float(error) <= 0.01 * float(theirs.float().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("shared_kv", [True, False])
+def test_a_training_step_in_a_graph(shared_kv):
+    """Forward, backward and an update, captured once and replayed with new inputs."""
+    eager, captured = (_module(shared_kv=shared_kv) for _ in range(2))
+    cu = torch.tensor([0, 200, 201, 500], dtype=torch.int32, device=DEVICE)
+    batches = [(device_randn(500, 128, seed=s), device_randn(500, 128, seed=s + 1)) for s in (1, 5)]
+    x, dout = (torch.zeros_like(b) for b in batches[0])
+
+    def train(layer, x, dout):
+        y, (dx, *gradients) = _step(layer, x, dout, cu)
+        with torch.no_grad():
+            for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+                parameter -= 0.1 * gradient
+        return y[0], dx
+
+    saved = [p.detach().clone() for p in captured.parameters()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        train(captured, x, dout)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = train(captured, x, dout)
+    with torch.no_grad():
+        for parameter, value in zip(captured.parameters(), saved, strict=True):
+            parameter.copy_(value)
+    for batch in batches:
+        want = train(eager, *batch)
+        x.copy_(batch[0])
+        dout.copy_(batch[1])
+        graph.replay()
+        torch.cuda.synchronize()
+        for name, mine, theirs in zip(("y", "dx"), results, want, strict=True):
+            assert_same_bits(name, mine, theirs)
+    for mine, theirs in zip(captured.parameters(), eager.parameters(), strict=True):
+        assert_same_bits("parameter", mine.detach(), theirs.detach())
