@@ -75,8 +75,8 @@ Choice choose_select_blocks(const Problem& problem, size_t smem_per_cta) {
   choice.arch = config.arch;
   choice.workspace_bytes = select_blocks_workspace(problem);
   std::ostringstream reason;
-  reason << name_of(config.dtype) << ", head_dim <= " << config.head_dim
-         << (config.keeps_q ? ", queries stay in shared memory" : ", queries stream");
+  reason << name_of(config.dtype) << ", head_dim <= " << config.head_dim << ", " << config.tile_q
+         << " queries a tile";
   choice.reason = reason.str();
   return choice;
 }

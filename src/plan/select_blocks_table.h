@@ -9,33 +9,27 @@
 
 namespace fsattn {
 
-// A row serves head dims up to its own: smaller ones are padded with zeros in shared memory. A single
-// head may stay in shared memory (`keeps_q`) where that fits; otherwise the heads of the group stream.
+// A row serves head dims up to its own: smaller ones are padded with zeros in shared memory.
 // Rows with 32 queries a CTA are for the 99 KiB of sm_86 and sm_89.
 struct SelectBlocksConfig {
   Arch arch;
   DType dtype;
   int head_dim;
   int tile_q;  // queries of a CTA
-  bool keeps_q;
 };
 
-// Columns: arch, dtype, head_dim, tile_q, keeps_q. The first row that fits wins.
+// Columns: arch, dtype, head_dim, tile_q. The first row that fits wins.
 inline constexpr std::array kSelectBlocksTable{
-    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 64,  64, true },
-    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 64,  64, false},
-    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 128, 64, true },
-    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 128, 64, false},
-    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 128, 32, false},
-    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 256, 64, false},
-    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 192, 32, false},
-    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  64,  64, true },
-    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  64,  64, false},
-    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  128, 64, true },
-    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  128, 64, false},
-    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  128, 32, false},
-    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  256, 64, false},
-    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  192, 32, false},
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 64,  64},
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 128, 64},
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 128, 32},
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 256, 64},
+    SelectBlocksConfig{Arch::kSm80, DType::kBFloat16, 192, 32},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  64,  64},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  128, 64},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  128, 32},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  256, 64},
+    SelectBlocksConfig{Arch::kSm80, DType::kFloat16,  192, 32},
 };
 
 inline constexpr int kSelectTileKv = 128;  // compressed keys of a step
@@ -46,8 +40,7 @@ inline constexpr int kSelectScorePitch =
 
 inline constexpr int kSelectSetupBytes = 128;  // these offsets and the call's numbers, at offset 0
 
-// Shared memory of a CTA; offsets in bytes. The scores of a step take the place of the queries, unless
-// these stay.
+// Shared memory of a CTA; offsets in bytes. The scores of a step take the place of the queries.
 struct SelectBlocksSmem {
   int k, q, score, halo, list, buffer, threshold, state, bytes;
 };
@@ -62,8 +55,8 @@ constexpr SelectBlocksSmem select_blocks_smem(const SelectBlocksConfig& config, 
   SelectBlocksSmem s{};
   s.k = kSelectSetupBytes;
   s.q = s.k + kSelectTileKv * config.head_dim * 2;
-  s.score = config.keeps_q ? s.q + q_bytes : s.q;
-  s.halo = config.keeps_q ? s.score + score_bytes : s.q + std::max(2 * q_bytes, score_bytes);
+  s.score = s.q;
+  s.halo = s.q + std::max(2 * q_bytes, score_bytes);
   s.list = s.halo + config.tile_q * round_up(halo, 2) * 4;
   s.buffer = s.list + config.tile_q * round_up(topk, 32) * 8;
   s.threshold = s.buffer + config.tile_q * kSelectBuffer * 8;
@@ -79,7 +72,6 @@ constexpr int find_select_blocks_row(const Problem& p, int64_t smem_limit) {
   for (std::size_t row = 0; row < kSelectBlocksTable.size(); ++row) {
     const SelectBlocksConfig& config = kSelectBlocksTable[row];
     if (config.dtype != p.dtype || config.head_dim < p.head_dim) continue;
-    if (config.keeps_q && p.group_size() != 1) continue;
     const SelectBlocksSmem smem =
         select_blocks_smem(config, static_cast<int>(halo), static_cast<int>(p.topk));
     if (smem.bytes + kSelectStaticSmem <= smem_limit) return static_cast<int>(row);

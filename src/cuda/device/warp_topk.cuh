@@ -25,48 +25,43 @@ __device__ __forceinline__ RankKey exchange(RankKey key, int distance, bool keep
   return (key > other) == keeps_larger ? key : other;
 }
 
-// Sorts a bitonic sequence over the warp, largest key in lane 0.
-__device__ __forceinline__ RankKey warp_merge(RankKey key, int lane) {
+// Merges up to 32 new keys into each of kLists lists, which all have `capacity` keys (a multiple of 32)
+// in descending order. `fresh[i]` is the lane's new key of list i, 0 for none. The lists are merged side
+// by side: one after the other, the warp would wait for its own shuffles most of the time.
+template <int kLists>
+__device__ __forceinline__ void merge_into(RankKey* const (&list)[kLists], int capacity,
+                                           RankKey (&fresh)[kLists], int lane) {
 #pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    key = exchange(key, distance, (lane & distance) == 0);
-  }
-  return key;
-}
-
-__device__ __forceinline__ RankKey warp_sort(RankKey key, int lane) {
-#pragma unroll
-  for (int width = 2; width < kWarpSize; width *= 2) {
+  for (int width = 2; width <= kWarpSize; width *= 2) {
 #pragma unroll
     for (int distance = width / 2; distance > 0; distance /= 2) {
-      key = exchange(key, distance, ((lane & distance) == 0) == ((lane & width) == 0));
+      const bool keeps_larger =
+          ((lane & distance) == 0) == (width == kWarpSize || (lane & width) == 0);
+#pragma unroll
+      for (int i = 0; i < kLists; ++i) fresh[i] = exchange(fresh[i], distance, keeps_larger);
     }
   }
-  return warp_merge(key, lane);
+  for (int first = 0; first < capacity; first += kWarpSize) {
+    RankKey kept[kLists];
+#pragma unroll
+    for (int i = 0; i < kLists; ++i) {
+      const RankKey old = list[i][first + lane];
+      const RankKey reversed = __shfl_sync(kFullMask, fresh[i], kWarpSize - 1 - lane);
+      kept[i] = old > reversed ? old : reversed;
+      fresh[i] = old > reversed ? reversed : old;
+    }
+#pragma unroll
+    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+      const bool keeps_larger = (lane & distance) == 0;
+#pragma unroll
+      for (int i = 0; i < kLists; ++i) {
+        kept[i] = exchange(kept[i], distance, keeps_larger);
+        fresh[i] = exchange(fresh[i], distance, keeps_larger);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLists; ++i) list[i][first + lane] = kept[i];
+  }
 }
-
-// The list of one query: `list` holds `capacity` keys (a multiple of 32) in descending order,
-// `buffer` up to 32 keys that wait for a merge. Both lie in shared memory that this warp owns.
-struct WarpTopK {
-  RankKey* list;
-  RankKey* buffer;
-  int capacity;
-
-  __device__ void clear(int lane) const {
-    for (int i = lane; i < capacity; i += kWarpSize) list[i] = 0;
-  }
-
-  // Merges the first `count` keys of the buffer into the list.
-  __device__ void merge(int count, int lane) const {
-    RankKey rest = warp_sort(lane < count ? buffer[lane] : 0, lane);
-    for (int first = 0; first < capacity; first += kWarpSize) {
-      const RankKey kept = list[first + lane];
-      const RankKey reversed = __shfl_sync(kFullMask, rest, kWarpSize - 1 - lane);
-      list[first + lane] = warp_merge(kept > reversed ? kept : reversed, lane);
-      rest = warp_merge(kept > reversed ? reversed : kept, lane);
-    }
-    __syncwarp();  // the lanes read each other's entries next
-  }
-};
 
 }  // namespace fsattn::device

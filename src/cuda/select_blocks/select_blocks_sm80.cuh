@@ -30,7 +30,6 @@ template <SelectBlocksConfig kConfig>
 struct SelectTraits {
   using Element = ElementOf<kConfig.dtype>;
   static constexpr int kDim = kConfig.head_dim;
-  static constexpr bool kKeepsQ = kConfig.keeps_q;
   static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
   static constexpr int kTileQ = kConfig.tile_q, kTileKv = kSelectTileKv;
   static constexpr int kWarpsQ = kTileQ / 16;  // while multiplying; the others share the keys
@@ -208,10 +207,10 @@ struct SelectMemory {
   __device__ float* halo(int row) const {
     return reinterpret_cast<float*>(select_smem + at.halo) + row * round_up(g.overlap - 1, 2);
   }
-  __device__ WarpTopK best(int row) const {
-    const int capacity = round_up(g.topk, kWarpSize);
-    return {reinterpret_cast<RankKey*>(select_smem + at.list) + row * capacity, buffer(row),
-            capacity};
+  __device__ int capacity() const { return round_up(g.topk, kWarpSize); }
+  // The best keys of a query in descending order, 0 behind the last.
+  __device__ RankKey* list(int row) const {
+    return reinterpret_cast<RankKey*>(select_smem + at.list) + row * capacity();
   }
   __device__ RankKey* buffer(int row) const {
     return reinterpret_cast<RankKey*>(select_smem + at.buffer) + row * kSelectBuffer;
@@ -237,17 +236,29 @@ __device__ __forceinline__ SelectSetup& select_setup() {
   return *reinterpret_cast<SelectSetup*>(select_smem);
 }
 
-// Merges the `count` keys of the row's buffer into its list. Not inlined: the lane masks of the sorting
-// network would be kept in registers through the products.
-static __device__ __noinline__ void merge_row(int row, int count, int lane) {
+// Merges the buffers of kMergeRows queries into their lists and empties them. Not inlined: the lane masks
+// of the sorting network would be kept in registers through the products.
+inline constexpr int kMergeRows = 4;
+
+static __device__ __noinline__ void merge_rows(int first_row, int lane) {
+  constexpr int kRows = kMergeRows;
   const SelectMemory memory{select_setup().at, select_setup().g};
-  const WarpTopK best = memory.best(row);
-  __syncwarp();  // the keys of all lanes are in the buffer
-  best.merge(count, lane);
-  if (lane == 0) {
-    const int room = memory.state(row)->room;
-    *memory.threshold(row) = room == 0 ? ~RankKey{0} : best.list[room - 1];
-    memory.state(row)->count = 0;
+  __syncwarp();  // the keys of all lanes are in the buffers
+  RankKey* list[kRows];
+  RankKey fresh[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int row = first_row + i;
+    list[i] = memory.list(row);
+    fresh[i] = lane < memory.state(row)->count ? memory.buffer(row)[lane] : 0;
+  }
+  merge_into(list, memory.capacity(), fresh, lane);
+  __syncwarp();
+  if (lane < kRows) {
+    const int row = first_row + lane;
+    RankState& state = *memory.state(row);
+    *memory.threshold(row) = state.room == 0 ? ~RankKey{0} : memory.list(row)[state.room - 1];
+    state.count = 0;
   }
   __syncwarp();
 }
@@ -277,7 +288,7 @@ template <class Traits>
 __device__ void clear_rows(const SelectMemory& memory, const SelectGeometry& g,
                            const SelectWork& work, int warp, int lane) {
   for (int i = warp * Traits::kRowsPerWarp; i < (warp + 1) * Traits::kRowsPerWarp; ++i) {
-    memory.best(i).clear(lane);
+    for (int c = lane; c < memory.capacity(); c += kWarpSize) memory.list(i)[c] = 0;
     for (int c = lane; c < g.overlap - 1; c += kWarpSize) memory.halo(i)[c] = 0.f;
     if (lane == 0) {
       const SelectRow at = select_row(g, work, i);
@@ -309,15 +320,22 @@ __device__ __forceinline__ void rank_blocks(const SelectMemory& memory, int firs
     counts[i] = state.count;
     winners[i] = __ballot_sync(kFullMask, key[i] > *memory.threshold(first_row + i));
   }
+  bool is_full = false;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) is_full |= counts[i] + __popc(winners[i]) > kSelectBuffer;
+  if (is_full) {
+    // Queries of a warp fill their buffers at about the same time: when one is full, all are merged.
+    for (int i = 0; i < kRows; i += kMergeRows) merge_rows(first_row + i, lane);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      counts[i] = 0;
+      winners[i] = __ballot_sync(kFullMask, key[i] > *memory.threshold(first_row + i));
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     if (winners[i] == 0) continue;
     const int row = first_row + i;
-    if (counts[i] + __popc(winners[i]) > kSelectBuffer) {
-      merge_row(row, counts[i], lane);
-      counts[i] = 0;
-      winners[i] = __ballot_sync(kFullMask, key[i] > *memory.threshold(row));
-    }
     const int place = counts[i] + __popc(winners[i] & ((1u << lane) - 1));
     if (winners[i] >> lane & 1) memory.buffer(row)[place] = key[i];
     if (lane == 0) memory.state(row)->count = counts[i] + __popc(winners[i]);
@@ -329,8 +347,8 @@ __device__ __forceinline__ void rank_blocks(const SelectMemory& memory, int firs
 // Not inlined: what it keeps would take the registers of the products.
 template <class Traits, bool kIsUsual>
 __device__ __noinline__ void rank_step(int first_key, int warp, int lane) {
-  constexpr int kRows = Traits::kRowsPerWarp, kRowsAtOnce = 4;
-  static_assert(kRows % kRowsAtOnce == 0);
+  constexpr int kRows = Traits::kRowsPerWarp;
+  static_assert(kRows % kMergeRows == 0);
   const SelectSetup setup = select_setup();
   const SelectMemory memory{setup.at, setup.g};
   const int first_row = warp * kRows;
@@ -338,10 +356,8 @@ __device__ __noinline__ void rank_step(int first_key, int warp, int lane) {
   const int blocks = Traits::kTileKv >> log_per_block;
   for (int base = 0; base < blocks; base += kWarpSize) {
     const bool is_block = base + lane < blocks;
-    for (int row = first_row; row < first_row + kRows; row += kRowsAtOnce) {
-      rank_blocks<kRowsAtOnce, kIsUsual>(memory, row, first_key >> log_per_block,
-                                         is_block ? base + lane : 0, is_block, lane);
-    }
+    rank_blocks<kRows, kIsUsual>(memory, first_row, first_key >> log_per_block,
+                                 is_block ? base + lane : 0, is_block, lane);
   }
   const int columns = setup.g.overlap - 1;
   for (int c = lane; c < kRows * columns; c += kWarpSize) {
@@ -469,7 +485,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     __syncthreads();  // the probabilities of all warps are there
     rank<Traits>(g, first_key, warp, lane);
     __syncthreads();  // the scores make room for the queries
-    if (has_next && !Traits::kKeepsQ) load_head<Traits>(p, memory, work, 0, thread);
+    if (has_next) load_head<Traits>(p, memory, work, 0, thread);
     cp_async_commit();
   }
   cp_async_wait<0>();
@@ -485,11 +501,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   }
 
   int32_t* out = p.topk_idx + (work.kv_head * p.packing.total_q + work.token) * p.topk;
+  for (int i = 0; i < Traits::kRowsPerWarp; i += kMergeRows) {
+    merge_rows(warp * Traits::kRowsPerWarp + i, lane);
+  }
   for (int i = warp * Traits::kRowsPerWarp; i < (warp + 1) * Traits::kRowsPerWarp; ++i) {
     if (i >= work.num_queries) break;
     const SelectRow row = select_row(g, work, i);
-    merge_row(i, memory.state(i)->count, lane);
-    write_row(out + int64_t{i} * p.topk, row, memory.best(i).list, g.topk, lane);
+    write_row(out + int64_t{i} * p.topk, row, memory.list(i), g.topk, lane);
   }
 }
 
