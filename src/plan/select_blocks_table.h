@@ -45,8 +45,7 @@ struct SelectBlocksSmem {
   int k, q, score, halo, list, buffer, threshold, state, bytes;
 };
 
-// What the kernel declares statically, and what the driver keeps for itself.
-inline constexpr int kSelectStaticSmem = 256 + 1024;
+inline constexpr int kSelectStaticSmem = 256;  // what the kernel declares itself, at most
 
 constexpr SelectBlocksSmem select_blocks_smem(const SelectBlocksConfig& config, int halo,
                                               int topk) {
