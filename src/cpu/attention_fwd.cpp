@@ -59,13 +59,14 @@ template <class Real>
 void finish(const AttnFwdTensors& attn, const PanelSource<Real>& source, const QueryTile& tile,
             const FwdBuffers<Real>& buffers) {
   const int64_t group = attn.shape.group_size(), dv_pitch = row_pitch(attn.shape.head_dim_v);
+  const auto scale = static_cast<Real>(attn.shape.softmax_scale);
   const Real unscale = 1 / source.v_factor(tile.seq);
   for (int64_t i = 0; i < tile.num_queries; ++i) {
     for (int64_t g = 0; g < group; ++g) {
       Real& sum = buffers.row_sum[i * group + g];
       *statistic<Real>(attn.lse, tile.head * group + g, tile.token(i)) =
           sum == 0 ? -std::numeric_limits<Real>::infinity()
-                   : buffers.row_max[i * group + g] + std::log(sum);
+                   : scale * buffers.row_max[i * group + g] + std::log(sum);
       sum = sum == 0 ? 0 : unscale / sum;
     }
     source.ops->store(buffers.out + i * group * dv_pitch, dv_pitch, buffers.row_sum + i * group,

@@ -21,9 +21,9 @@ constexpr int64_t kTileRows = kCpuTileRows;
 constexpr int64_t kPitch = kCpuPitch;
 
 // Terms of a product that are summed in registers before they join c. One long fp32 sum loses more: the
-// rounding errors of n terms in parts of m grow like sqrt(n m / 2 + n^2 / (2 m)), and 32 is near the
-// best m up to n = 256.
-constexpr int64_t kGemmTerms = 32;
+// rounding errors of n terms in parts of m grow like sqrt(n m / 2 + n^2 / (2 m)), least at m = sqrt(n);
+// 16 is that of n = 256. It costs 2 to 5 % of the time of one long sum.
+constexpr int64_t kGemmTerms = 16;
 
 // c (+)= a * b. cols is rounded up to whole vectors; b and c have the room. Row i, column k of a is
 // a[i * a_row + k * a_col], so that a transposed a costs nothing. Sums of up to kTileKeys terms that
@@ -53,7 +53,7 @@ struct VisibleKeys {
 };
 
 // One step of the online softmax. score [rows, kTileKeys] holds q . k and becomes
-// P = exp(scale * score - row_max), 0 where a row does not see a key of [begin, end); row_max, row_sum
+// P = exp(scale * (score - row_max)), 0 where a row does not see a key of [begin, end); row_max, row_sum
 // and out [rows, out_cols] follow the new maximum.
 template <class Real>
 struct SoftmaxStepArgs {

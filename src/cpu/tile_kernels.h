@@ -180,27 +180,27 @@ struct Columns {
   }
 };
 
-// The largest scaled score of a row.
+// The largest score of a row, before it is scaled.
 template <bool kMasked, class Real>
-FSATTN_FORCE_INLINE Real max_of_row(const Real* score, const Columns<Real>& cols, Real scale) {
+FSATTN_FORCE_INLINE Real max_of_row(const Real* score, const Columns<Real>& cols) {
   using S = Simd<Real>;
   const typename S::V nothing = S::broadcast(-static_cast<Real>(__builtin_inf()));
   typename S::V largest = nothing;
   for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
-    const typename S::V x = S::load(score + c) * scale;
-    largest = S::max(cols.template choose<kMasked>(c, x, nothing), largest);
+    largest = S::max(cols.template choose<kMasked>(c, S::load(score + c), nothing), largest);
   }
   return S::max_of_lanes(largest);
 }
 
-// score becomes exp(scale * score - shift), 0 where invisible; returns the sum of the row.
+// score becomes exp(scale * (score - shift)), 0 where invisible; returns the sum of the row. The
+// difference comes first: it is exact near the maximum, whose probability is exactly 1.
 template <bool kMasked, class Real>
 FSATTN_FORCE_INLINE Real exp_of_row(Real* score, const Columns<Real>& cols, Real scale,
                                     Real shift) {
   using S = Simd<Real>;
   typename S::V sum{};
   for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
-    const typename S::V p = exp_of(S::load(score + c) * scale - shift);
+    const typename S::V p = exp_of((S::load(score + c) - shift) * scale);
     const typename S::V visible = cols.template choose<kMasked>(c, p, typename S::V{});
     S::store(score + c, visible);
     sum += visible;
@@ -225,7 +225,7 @@ FSATTN_FORCE_INLINE void softmax_step_row(const SoftmaxStepArgs<Real>& args,
   Real* score = args.score + r * kTileKeys;
   const Real lowest = -static_cast<Real>(__builtin_inf());
   const Real old_max = args.row_max[r];
-  const Real tile_max = max_of_row<kMasked>(score, cols, args.scale);
+  const Real tile_max = max_of_row<kMasked>(score, cols);
   const Real new_max = tile_max > old_max ? tile_max : old_max;
   // Scores that are all -inf: shift by 0, so that exp gives 0 and not NaN.
   const Real shift = new_max == lowest ? 0 : new_max;
@@ -234,7 +234,7 @@ FSATTN_FORCE_INLINE void softmax_step_row(const SoftmaxStepArgs<Real>& args,
     args.row_sum[r] += sum;
     return;
   }
-  const Real decay = exp_of_scalar<Real>(old_max - shift);
+  const Real decay = old_max == lowest ? 0 : exp_of_scalar<Real>((old_max - shift) * args.scale);
   args.row_max[r] = new_max;
   args.row_sum[r] = args.row_sum[r] * decay + sum;
   scale_row<Real>(args.out + r * args.out_cols, args.out_cols, decay);
@@ -310,6 +310,20 @@ void group_score(const GroupScoreArgs<Real>& args) {
   }
 }
 
+// What contraction makes of a * b + c in gemm_part; here the vectoriser may add products of its own.
+template <class Real>
+FSATTN_FORCE_INLINE Real multiply_add(Real a, Real b, Real c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  if constexpr (sizeof(Real) == 4) {
+    return __builtin_fmaf(a, b, c);
+  } else {
+    return __builtin_fma(a, b, c);
+  }
+#else
+  return a * b + c;
+#endif
+}
+
 // kRows rows at once hide the latency of sums that are serial, as those of gemm_part are.
 template <int kRows, class Real>
 FSATTN_FORCE_INLINE void row_dot_block(const Real* a, const Real* b, int64_t pitch, Real* out) {
@@ -319,7 +333,9 @@ FSATTN_FORCE_INLINE void row_dot_block(const Real* a, const Real* b, int64_t pit
     Real sum[kRows] = {};
     for (int64_t c = begin; c < end; ++c) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum[r] += a[r * pitch + c] * b[r * pitch + c];
+      for (int r = 0; r < kRows; ++r) {
+        sum[r] = multiply_add(a[r * pitch + c], b[r * pitch + c], sum[r]);
+      }
     }
     for (int r = 0; r < kRows; ++r) total[r] += sum[r];
   }
