@@ -4,10 +4,8 @@
 #include <vector>
 
 #include "base/check.h"
+#include "base/threads.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef FSATTN_WITH_CUDA
 #include "base/cuda_check.h"
 #endif
@@ -17,9 +15,7 @@ namespace {
 
 DeviceInfo query_cpu() {
   DeviceInfo info;
-#ifdef _OPENMP
-  info.num_threads = omp_get_max_threads();
-#endif
+  info.num_threads = num_cpu_threads();
   return info;
 }
 

@@ -164,7 +164,7 @@ class AttnJob {
   int num_threads() const {
     const size_t affordable = arena_.left() / layout_.thread;
     FSATTN_ASSERT(affordable > 0);
-    return static_cast<int>(std::min<size_t>(affordable, static_cast<size_t>(cpu::num_threads())));
+    return static_cast<int>(std::min<size_t>(affordable, static_cast<size_t>(num_cpu_threads())));
   }
   ScratchArena thread_arena(int thread) const {
     return {arena_.rest() + static_cast<size_t>(thread) * layout_.thread, layout_.thread};

@@ -4,27 +4,15 @@
 #include <algorithm>
 #include <cstdint>
 
-// The thread sanitizer does not see libgomp's barriers and would report every loop; plain threads show
-// it the same tasks.
-#if defined(_OPENMP) && !defined(__SANITIZE_THREAD__)
-#define FSATTN_USE_OPENMP
-#include <omp.h>
-#else
+#include "base/threads.h"
+
+#ifndef FSATTN_USE_OPENMP
 #include <atomic>
 #include <thread>
 #include <vector>
 #endif
 
 namespace fsattn::cpu {
-
-// Threads that a parallel loop may use here.
-inline int num_threads() {
-#ifdef FSATTN_USE_OPENMP
-  return omp_get_max_threads();
-#else
-  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-#endif
-}
 
 // Even for tasks of equal cost, dynamic for tasks whose cost varies.
 enum class Schedule : int { kStatic, kDynamic };
@@ -62,7 +50,7 @@ void parallel_for(int64_t num_tasks, int max_threads, [[maybe_unused]] Schedule 
 // Calls f(task) on all threads.
 template <class F>
 void parallel_for(int64_t num_tasks, Schedule schedule, const F& f) {
-  parallel_for(num_tasks, num_threads(), schedule, [&f](int64_t task, int) { f(task); });
+  parallel_for(num_tasks, num_cpu_threads(), schedule, [&f](int64_t task, int) { f(task); });
 }
 
 }  // namespace fsattn::cpu

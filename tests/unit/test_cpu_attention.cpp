@@ -10,6 +10,7 @@
 #include "fsattn/error.h"
 #include "support/attn_case.h"
 #include "support/test.h"
+#include "support/threads.h"
 
 using namespace fsattn;
 using namespace fsattn::test;
@@ -352,9 +353,8 @@ TEST(one_visible_key_has_no_gradient_of_its_score) {
 
 TEST(any_number_of_threads_gives_the_same_bits) {
   const Sizes s{DType::kFloat32, 4, 2, 32, 32, kLengthsQ, kLengthsK, {}};
-  const int before = omp_get_max_threads();
   const auto run = [&](auto make_branch, const auto& num_keys, int threads) {
-    omp_set_num_threads(threads);
+    const ThreadScope scope(threads);
     AttnCase c(s, num_keys);
     const auto branch = make_branch(c);
     branch.run_fwd(c, threads);
@@ -374,7 +374,6 @@ TEST(any_number_of_threads_gives_the_same_bits) {
     EXPECT_TRUE(run(compressed, windows, 1) == run(compressed, windows, threads));
     EXPECT_TRUE(run(selected, same, 1) == run(selected, same, threads));
   }
-  omp_set_num_threads(before);
 }
 
 // The last queries alone (keys converted tile by tile) and inside a batch with a neighbour.

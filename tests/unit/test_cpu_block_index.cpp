@@ -1,6 +1,4 @@
 // The CPU block index against its definition: for each slot, all (query, position) pairs in order.
-#include <omp.h>
-
 #include <cstdint>
 #include <random>
 #include <vector>
@@ -8,6 +6,7 @@
 #include "cpu/block_index.h"
 #include "plan/cpu_workspace.h"
 #include "support/test.h"
+#include "support/threads.h"
 
 namespace {
 
@@ -62,10 +61,8 @@ Index run(const Input& in, int threads) {
       {out.start.data(), out.entry.data(), in.num_slots()}
   };
   params.scratch = {scratch.data(), scratch.size()};
-  const int before = omp_get_max_threads();
-  omp_set_num_threads(threads);
+  const fsattn::test::ThreadScope scope(threads);
   fsattn::cpu::block_index(0, params, nullptr);
-  omp_set_num_threads(before);
   return out;
 }
 

@@ -1,6 +1,4 @@
 // compress_kv of the CPU backend against its definition in fp64: y[i] = f(x[window i] + pos_emb).
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,6 +13,7 @@
 #include "cpu/simd.h"
 #include "plan/cpu_compress_kv.h"
 #include "support/test.h"
+#include "support/threads.h"
 
 namespace {
 
@@ -148,8 +147,7 @@ void execute(Run<T>& run, int threads) {
   const size_t bytes =
       std::max(scratch_bytes(fsattn::Pass::kFwd), scratch_bytes(fsattn::Pass::kBwd));
   std::vector<double> scratch(bytes / sizeof(double) + 1, std::nan(""));
-  const int before = omp_get_max_threads();
-  omp_set_num_threads(threads);
+  const fsattn::test::ThreadScope scope(threads);
   fsattn::cpu::compress_kv_fwd(0,
                                {
                                    shape,
@@ -177,7 +175,6 @@ void execute(Run<T>& run, int threads) {
                                    {scratch.data(), scratch_bytes(fsattn::Pass::kBwd)}
   },
                                nullptr);
-  omp_set_num_threads(before);
   for (Tensor<T>* t : {&run.y, &run.dx, &run.dweight, &run.dpos_emb}) t->update_exact();
 }
 

@@ -1,6 +1,4 @@
 // gate of the CPU backend against o = sum of g[i] * branch[i] and its gradient in fp64.
-#include <omp.h>
-
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -10,6 +8,7 @@
 #include "cpu/gate.h"
 #include "cpu/simd.h"
 #include "support/test.h"
+#include "support/threads.h"
 
 namespace {
 
@@ -94,8 +93,7 @@ struct Run {
 
   void execute(int threads) {
     const fsattn::GateShape s{dtype_of<T>(), shape.total, shape.heads, shape.dim, shape.activation};
-    const int before = omp_get_max_threads();
-    omp_set_num_threads(threads);
+    const fsattn::test::ThreadScope scope(threads);
     fsattn::cpu::gate_fwd(
         0, {s, branches[0].rows(), branches[1].rows(), branches[2].rows(), gates.rows(), o.rows()},
         nullptr);
@@ -104,7 +102,6 @@ struct Run {
         {s, dout.rows(), branches[0].rows(), branches[1].rows(), branches[2].rows(), gates.rows(),
          d_branches[0].rows(), d_branches[1].rows(), d_branches[2].rows(), dgates.rows()},
         nullptr);
-    omp_set_num_threads(before);
   }
 };
 

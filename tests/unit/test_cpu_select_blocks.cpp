@@ -1,6 +1,4 @@
 // The CPU block selection against plain fp64 loops over (window, block) overlaps.
-#include <omp.h>
-
 #include <algorithm>
 #include <string>
 
@@ -8,6 +6,7 @@
 #include "cpu/select_blocks.h"
 #include "support/attn_case.h"
 #include "support/test.h"
+#include "support/threads.h"
 
 using namespace fsattn;
 using namespace fsattn::test;
@@ -223,15 +222,13 @@ TEST(offsets) {
 TEST(any_number_of_threads_gives_the_same_rows) {
   const Sizes sizes{DType::kFloat32, 4, 2, 32, 32, kLengthsQ, kLengthsK, {}};
   const auto run = [&](int threads) {
-    omp_set_num_threads(threads);
+    const ThreadScope scope(threads);
     AttnCase c(sizes, [](int64_t length) { return windows_in({}, length); });
     return select(c, {}, threads);
   };
-  const int before = omp_get_max_threads();
   const std::vector<int32_t> one = run(1);
   EXPECT_TRUE(one == run(2));
   EXPECT_TRUE(one == run(5));
-  omp_set_num_threads(before);
 }
 
 FSATTN_TEST_MAIN()
