@@ -157,6 +157,7 @@ const Case kCases[] = {
 
 int main(int argc, char** argv) {
   if (is_skipped(argc, argv)) return 0;
+  if (is_skipped(argc, argv)) return 0;
   const std::string only = argc > 1 ? argv[1] : "";
   int i = 0;
   for (const Case& c : kCases) {

@@ -38,6 +38,17 @@ __device__ __forceinline__ int find_slot_sequence(const int32_t* cu_k, int batch
   return low;
 }
 
+// Rows of k and v that a sequence owns.
+struct KeyRange {
+  int begin, end;
+};
+
+__device__ __forceinline__ KeyRange find_keys(const Packing& packing, int seq) {
+  const int total = static_cast<int>(packing.total_k);
+  const int begin = min(max(__ldg(packing.cu_k + seq), 0), total);
+  return {begin, min(max(__ldg(packing.cu_k + seq + 1), begin), total)};
+}
+
 // Position of a sequence's query token 0 (of the whole batch): position = token + shift.
 __device__ __forceinline__ int64_t position_shift(const Packing& packing, int seq) {
   const int64_t q0 = __ldg(packing.cu_q + seq), q1 = __ldg(packing.cu_q + seq + 1);
