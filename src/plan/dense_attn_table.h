@@ -34,8 +34,8 @@ inline constexpr std::array kDenseAttnFwdTable{
 };
 inline constexpr std::array kDenseAttnBwdTable = kDenseAttnFwdTable;
 
-// Returns the row of either table, or -1 when no kernel fits. The wgmma rows take head dims above 64:
-// smaller ones lose more to the padding than wgmma wins.
+// Returns the row of either table, or -1 when no kernel fits. The wgmma rows take head dims above
+// 64: smaller ones lose more to the padding than wgmma wins.
 constexpr int find_dense_attn_row(Arch arch, DType dtype, int64_t head_dim, int64_t head_dim_v) {
   for (std::size_t row = 0; row < kDenseAttnFwdTable.size(); ++row) {
     const DenseAttnConfig& config = kDenseAttnFwdTable[row];
@@ -48,8 +48,8 @@ constexpr int find_dense_attn_row(Arch arch, DType dtype, int64_t head_dim, int6
 }
 
 // The dK, dV loop of compressed attention visits every later query of every head of the group, and
-// there are few compressed keys: the heads of a group are shared out over this many CTAs. It depends
-// on the group alone, so that a sequence gets the same bits whatever is batched with it.
+// there are few compressed keys: the heads of a group are shared out over this many CTAs. It
+// depends on the group alone, so that a sequence gets the same bits whatever is batched with it.
 constexpr int64_t compressed_attn_bwd_splits(int64_t group_size) {
   return ceil_div(group_size, ceil_div(group_size, int64_t{8}));
 }

@@ -5,7 +5,6 @@
 #include "cuda/dense_attn/dense_attn.h"
 #include "kernels/dense_attn_case.h"
 #include "kernels/skip.h"
-#include "kernels/skip.h"
 
 namespace fsattn::test {
 namespace {

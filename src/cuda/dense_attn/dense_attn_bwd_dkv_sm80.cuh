@@ -1,18 +1,19 @@
 // dense_attn_bwd_dkv: the gradients of k and v over an interval of keys.
 //
 // Math     P^T = exp(K Q^T - lse),  dP^T = V dO^T,  dS^T = P^T * (dP^T - delta),
-//          dV = P^T dO,  dK = softmax_scale dS^T Q, summed over the queries of all heads of a group.
+//          dV = P^T dO,  dK = softmax_scale dS^T Q, summed over the queries of all heads of a
+//          group.
 // Shapes   params/attention.h; delta: dense_attn_delta.cuh; the visible interval: device/band.h.
 // Tiles    one CTA of 8 warps per (128 keys of a sequence, KV head, part of the group's heads), 64
 //          queries a step in two stages. 64 keys and 32 queries where a head dim exceeds 128.
-// Roles    dK and dV of the same 32 keys do not fit the registers of one warp (2 x 128), so that two
-//          warps share them: warp i computes P and dV, warp i + 4 dP, dS and dK. Both do two products
-//          of equal size and differ in their operands alone; P goes from one to the other through
-//          shared memory, rounded to the input type as dV uses it.
+// Roles    dK and dV of the same 32 keys do not fit the registers of one warp (2 x 128), so that
+//          two warps share them: warp i computes P and dV, warp i + 4 dP, dS and dK. Both do two
+//          products of equal size and differ in their operands alone; P goes from one to the other
+//          through shared memory, rounded to the input type as dV uses it.
 // Memory   K, V, two stages of Q and dO, the exchange of P: 145 KB at head_dim 128, one CTA an SM.
 // Bound    tensor cores: 1024 FLOP a (query, key) at head_dim 128.
-// Numbers  P and dS rounded to the input type before the products, all sums fp32 in a fixed order. A
-//          group that is split writes fp32 partial sums for dense_attn_reduce.cuh. No atomics.
+// Numbers  P and dS rounded to the input type before the products, all sums fp32 in a fixed order.
+//          A group that is split writes fp32 partial sums for dense_attn_reduce.cuh. No atomics.
 #pragma once
 #include "base/cuda_check.h"
 #include "cuda/dense_attn/dense_attn.h"
@@ -231,8 +232,8 @@ __device__ __forceinline__ void send_packed(uint32_t exchange, const uint32_t (&
   }
 }
 
-// The loop of one warp. Role 0: A = K, first = Q, second = dO, result dV; role 1: A = V, first = dO,
-// second = Q, result dK. Both roles meet the same barriers.
+// The loop of one warp. Role 0: A = K, first = Q, second = dO, result dV; role 1: A = V, first =
+// dO, second = Q, result dK. Both roles meet the same barriers.
 template <class Traits, int kRole, int kOut>
 __device__ __forceinline__ void accumulate_tile(float (&acc)[Traits::kM][kOut][4],
                                                 const AttnBwdTensors& p, const device::Band& band,

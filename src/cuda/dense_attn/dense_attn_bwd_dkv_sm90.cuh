@@ -2,10 +2,11 @@
 //
 // Math     as dense_attn_bwd_dkv_sm80.cuh.
 // Shapes   head_dim and head_dim_v up to 128.
-// Tiles    one CTA per (128 keys of a sequence, KV head, part of the group's heads), 64 queries a step.
-// Roles    two consumer warpgroups of 64 keys each: S and dP with both operands in shared memory, dV
-//          and dK with P and dS in registers. dP is computed during the exponentials of S, dV during
-//          dS. Two producer warps copy Q and lse, two dO and delta.
+// Tiles    one CTA per (128 keys of a sequence, KV head, part of the group's heads), 64 queries a
+//          step.
+// Roles    two consumer warpgroups of 64 keys each: S and dP with both operands in shared memory,
+//          dV and dK with P and dS in registers. dP is computed during the exponentials of S, dV
+//          during dS. Two producer warps copy Q and lse, two dO and delta.
 // Memory   K and V 64 KB, four stages of Q and dO 128 KB, one CTA an SM.
 // Regs     dK 64, dV 64, S 32, dP 32: 240 a consumer thread, 24 a producer thread.
 // Bound    tensor cores: 1024 FLOP a (query, key) at head_dim 128.
@@ -54,8 +55,8 @@ struct DenseDkvSm90Smem {
   __device__ uint32_t empty(int stage) const { return full(stage) + Traits::kStages * 8; }
 };
 
-// Two warps bring all tiles of Q and lse, or of dO and delta. A tile is announced when the next one is
-// under way.
+// Two warps bring all tiles of Q and lse, or of dO and delta. A tile is announced when the next one
+// is under way.
 template <class Traits>
 __device__ __forceinline__ void produce_queries(const DenseDkvSm90Smem<Traits>& smem,
                                                 const AttnBwdTensors& p, const float* deltas,

@@ -3,7 +3,8 @@
 // Math     P = exp(S - lse),  dP = dO V^T,  dS = P * (dP - delta),  dQ = softmax_scale dS K.
 // Shapes   params/attention.h; delta: dense_attn_delta.cuh; the visible interval: device/band.h.
 // Tiles    one CTA of 4 warps per (128 queries, head), 32 keys a step in two stages. A warp owns 32
-//          rows: S, dP and dQ take 32 + 32 + 128 registers. 64 queries where a head dim exceeds 128.
+//          rows: S, dP and dQ take 32 + 32 + 128 registers. 64 queries where a head dim exceeds
+//          128.
 // Memory   Q, dO and two stages of K and V: 96 KB at head_dim 128, two CTAs an SM.
 // Bound    tensor cores: 768 FLOP a (query, key) at head_dim 128.
 // Numbers  scores, dP and dQ fp32; dS rounded to the input type before dS K. No atomics.
@@ -31,8 +32,8 @@ struct DenseDqTraits {
   static_assert(kDimV <= kDim && kTileQ <= kThreads);
 };
 
-// lse in base 2 and delta of each query. A row without keys, or behind the sequence, must get P = 0:
-// its lse is +inf.
+// lse in base 2 and delta of each query. A row without keys, or behind the sequence, must get P =
+// 0: its lse is +inf.
 template <int kTileQ>
 __device__ __forceinline__ void load_statistics(float2* stats, const AttnBwdTensors& p,
                                                 const float* deltas, const QueryTileWork& work) {
@@ -48,7 +49,8 @@ __device__ __forceinline__ void load_statistics(float2* stats, const AttnBwdTens
   stats[row] = x;
 }
 
-// dS, rounded and packed. s and dp belong to the same rows and keys; `stats`: of the lane's first row.
+// dS, rounded and packed. s and dp belong to the same rows and keys; `stats`: of the lane's first
+// row.
 template <class Element, int kM, int kN>
 __device__ __forceinline__ void score_gradient(uint32_t (&ds)[kM][kN][2],
                                                const float (&s)[kM][kN][4],

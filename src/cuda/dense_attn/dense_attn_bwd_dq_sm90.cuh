@@ -3,9 +3,9 @@
 // Math     as dense_attn_bwd_dq_sm80.cuh.
 // Shapes   head_dim and head_dim_v up to 128.
 // Tiles    one CTA per (128 queries of a sequence, head), 64 keys a step.
-// Roles    two consumer warpgroups of 64 queries each: S and dP with both operands in shared memory,
-//          dQ with dS in registers. dP is computed during the exponentials of S. Two producer warps
-//          copy K, two V.
+// Roles    two consumer warpgroups of 64 queries each: S and dP with both operands in shared
+//          memory, dQ with dS in registers. dP is computed during the exponentials of S. Two
+//          producer warps copy K, two V.
 // Memory   Q and dO 64 KB, four stages of K and V 128 KB, one CTA an SM.
 // Regs     dQ 64, S 32, dP 32: 240 a consumer thread, 24 a producer thread.
 // Bound    tensor cores: 768 FLOP a (query, key) at head_dim 128.
@@ -132,15 +132,19 @@ __device__ __forceinline__ void consume_keys(const DenseDqSm90Smem<Traits>& smem
        --step, ++n) {
     const int stage = n % Traits::kStages, base = step * Traits::kTileKv;
     mbarrier_wait(smem.full(stage), n / Traits::kStages & 1);
-    if (base <= last_seen && base + Traits::kTileKv > first_seen) {
+    const bool is_seen = base <= last_seen && base + Traits::kTileKv > first_seen;
+    if (!is_seen) wgmma_wait_group<0>();
+    if (!is_seen && n > 0 && lane == 0) mbarrier_arrive(smem.empty((n - 1) % Traits::kStages));
+    if (is_seen) {
       float s[32], dp[32];
       wgmma_fence();
       panel_product<Element>(s, q_tile, smem.keys(0, stage));
       wgmma_commit();
       panel_product<Element>(dp, dout_tile, smem.keys(1, stage));
       wgmma_commit();
-      wgmma_wait_group<1>();  // S; dP goes on
+      wgmma_wait_group<1>();  // S, and dQ of the step before; dP goes on
       pin_registers(s);
+      if (n > 0 && lane == 0) mbarrier_arrive(smem.empty((n - 1) % Traits::kStages));
       if (base < work.full_first || base + Traits::kTileKv - 1 > work.full_last) {
         mask_scores(as_fragments(s), band, work, base);
       }
@@ -152,10 +156,9 @@ __device__ __forceinline__ void consume_keys(const DenseDqSm90Smem<Traits>& smem
       wgmma_fence();
       packed_product<Element>(dq, ds, smem.keys(0, stage));
       wgmma_commit();
-      wgmma_wait_group<0>();
     }
-    if (lane == 0) mbarrier_arrive(smem.empty(stage));
   }
+  wgmma_wait_group<0>();
   pin_registers(dq);
 }
 

@@ -1,5 +1,5 @@
-// The backward of compressed attention and window attention: delta, then dQ, then dK and dV, and the
-// sum of their parts when the heads of a group were split.
+// The backward of compressed attention and window attention: delta, then dQ, then dK and dV, and
+// the sum of their parts when the heads of a group were split.
 #pragma once
 #include "cuda/dense_attn/dense_attn_bwd_dkv_sm80.cuh"
 #include "cuda/dense_attn/dense_attn_bwd_dkv_sm90.cuh"

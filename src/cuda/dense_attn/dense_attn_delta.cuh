@@ -1,8 +1,9 @@
 // dense_attn_delta: the first step of the backward.
 //
-// Math    delta = rowsum(dO * O) - dlse, so that dS = P * (dP - delta). A row without visible keys gets
-//         0: its P is 0, and a dlse that is not finite there must not reach the products.
-// Tiles   half a warp a row; a CTA takes 16 tokens of one head, so that it writes 64 contiguous bytes.
+// Math    delta = rowsum(dO * O) - dlse, so that dS = P * (dP - delta). A row without visible keys
+//         gets 0: its P is 0, and a dlse that is not finite there must not reach the products.
+// Tiles   half a warp a row; a CTA takes 16 tokens of one head, so that it writes 64 contiguous
+//         bytes.
 // Bound   memory: dO and O once.
 #pragma once
 #include "base/cuda_check.h"

@@ -3,13 +3,13 @@
 // Math     S = softmax_scale Q K^T over the visible keys,  P = exp(S - lse),  O = P V,
 //          lse = log sum exp S. No visible key: O = 0, lse = -inf.
 // Shapes   params/attention.h; the visible interval: device/band.h.
-// Tiles    one CTA per (128 queries of a sequence, head), 64 keys a step. A warp owns 32 rows, so that
-//          each K and V fragment that ldmatrix brings feeds four products; 16 rows at head_dim 256,
-//          where the output of 32 does not fit the registers.
+// Tiles    one CTA per (128 queries of a sequence, head), 64 keys a step. A warp owns 32 rows, so
+//          that each K and V fragment that ldmatrix brings feeds four products; 16 rows at head_dim
+//          256, where the output of 32 does not fit the registers.
 // Order    latest queries first: they see the most compressed keys. Heads are the fastest index, so
 //          that the heads of a group read the same K and V from L2.
-// Memory   Q + one tile of K + one of V: 64 KB at head_dim 128, two CTAs an SM. V of a step is copied
-//          during Q K^T, K of the next step during P V.
+// Memory   Q + one tile of K + one of V: 64 KB at head_dim 128, two CTAs an SM. V of a step is
+//          copied during Q K^T, K of the next step during P V.
 // Bound    tensor cores: 256 FLOP a (query, key) at head_dim 128.
 // Numbers  scores, sums and output fp32; P rounded to the input type before P V.
 #pragma once

@@ -2,14 +2,15 @@
 //
 // Math     S = softmax_scale Q K^T over the visible keys,  P = exp(S - lse),  O = P V,
 //          lse = log sum exp S. No visible key: O = 0, lse = -inf.
-// Shapes   params/attention.h, head_dim and head_dim_v up to 128; the visible interval: device/band.h.
+// Shapes   params/attention.h, head_dim and head_dim_v up to 128; the visible interval:
+//          device/band.h.
 // Tiles    one CTA per (192 queries of a sequence, head), 64 keys a step.
-// Roles    three consumer warpgroups of 64 queries: S with both operands in shared memory, O with P in
-//          registers; while one does its softmax, the other two keep the tensor cores busy. Two
-//          producer warps copy K and two copy V, by cp.async, since rows behind a sequence must read
-//          as zero and a tensor map knows no sequences.
+// Roles    three consumer warpgroups of 64 queries: S with both operands in shared memory, O with P
+//          in registers; while one does its softmax, the other two keep the tensor cores busy. Two
+//          producer warps copy K and two copy V, by cp.async, since rows behind a sequence must
+//          read as zero and a tensor map knows no sequences.
 // Memory   Q 48 KB, four stages of K and of V 128 KB, one CTA an SM.
-// Regs     O 64, S 32, P 16: 152 a consumer thread, 56 a producer thread.
+// Regs     O 64, S 32, P 16: 160 a consumer thread, 32 a producer thread.
 // Bound    tensor cores: 256 FLOP a (query, key) at head_dim 128.
 // Numbers  scores, sums and output fp32; P rounded to the input type before P V.
 #pragma once
@@ -27,7 +28,7 @@ struct DenseFwdSm90Traits {
   static constexpr int kGroups = 3, kTileQ = kGroups * kPanelRows, kTileKv = kPanelRows;
   static constexpr int kStages = 4;
   static constexpr int kConsumerThreads = kGroups * 128, kThreads = kConsumerThreads + 128;
-  static constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = 160, kProducerRegisters = 32;
   static constexpr int kKeysOffset = kGroups * kPanelTileBytes;
   static constexpr int kBarrierOffset = kKeysOffset + 2 * kStages * kPanelTileBytes;
   static constexpr int kSmemBytes = kBarrierOffset + 4 * kStages * 8;
@@ -77,7 +78,50 @@ __device__ __forceinline__ void produce(const DenseFwdSm90Smem<Traits>& smem, in
   announce(num_steps - 1);
 }
 
-// One warpgroup: 64 queries over all steps.
+// Passes over steps in which no query of the group sees a key. The waits keep a warp from arriving
+// twice in one phase.
+template <class Traits>
+__device__ __forceinline__ void skip_steps(const DenseFwdSm90Smem<Traits>& smem, int first,
+                                           int last) {
+  for (int n = first; n <= last; ++n) {
+    const int stage = n % Traits::kStages, parity = n / Traits::kStages & 1;
+    for (int operand = 0; operand < 2; ++operand) {
+      device::mbarrier_wait(smem.full(operand, stage), parity);
+      if (threadIdx.x % device::kWarpSize == 0) device::mbarrier_arrive(smem.empty(operand, stage));
+    }
+  }
+}
+
+// Issues S = Q K^T of step n.
+template <class Traits>
+__device__ __forceinline__ void issue_scores(const DenseFwdSm90Smem<Traits>& smem, int n,
+                                             float (&s)[32]) {
+  const int stage = n % Traits::kStages;
+  device::mbarrier_wait(smem.full(0, stage), n / Traits::kStages & 1);
+  device::wgmma_fence();
+  panel_product<typename Traits::Element>(s, smem.queries(threadIdx.x / 128), smem.keys(0, stage));
+  device::wgmma_commit();
+}
+
+// Issues O += P V of step n.
+template <class Traits>
+__device__ __forceinline__ void issue_output(const DenseFwdSm90Smem<Traits>& smem, int n,
+                                             const uint32_t (&prob)[1][8][2], float (&o)[64]) {
+  const int stage = n % Traits::kStages;
+  device::mbarrier_wait(smem.full(1, stage), n / Traits::kStages & 1);
+  device::wgmma_fence();
+  packed_product<typename Traits::Element>(o, prob, smem.keys(1, stage));
+  device::wgmma_commit();
+}
+
+template <class Traits>
+__device__ __forceinline__ void release(const DenseFwdSm90Smem<Traits>& smem, int operand, int n) {
+  if (threadIdx.x % device::kWarpSize == 0) {
+    device::mbarrier_arrive(smem.empty(operand, n % Traits::kStages));
+  }
+}
+
+// One warpgroup: 64 queries over all steps. P V of a step runs during the softmax of the next one.
 template <class Traits>
 __device__ __forceinline__ void consume(const DenseFwdSm90Smem<Traits>& smem,
                                         const device::Band& band, const QueryTileWork& work,
@@ -85,47 +129,54 @@ __device__ __forceinline__ void consume(const DenseFwdSm90Smem<Traits>& smem,
                                         device::OnlineSoftmax<typename Traits::Element, 1>& softmax,
                                         float (&o)[64]) {
   using namespace device;
-  using Element = typename Traits::Element;
-  const int lane = threadIdx.x % kWarpSize, group = threadIdx.x / 128;
-  const uint32_t q_tile = smem.queries(group);
-  // The keys that some query of this group sees.
-  const int first_position = work.position + group * kPanelRows;
-  const int first_seen = band.first_key(first_position);
-  const int last_seen = band.last_key(first_position + kPanelRows - 1);
-  const int last_step = work.last_key / Traits::kTileKv;
-  for (int n = 0; n < num_steps; ++n) {
-    const int stage = n % Traits::kStages, parity = n / Traits::kStages & 1;
-    const int base = (last_step - n) * Traits::kTileKv;
-    mbarrier_wait(smem.full(0, stage), parity);
-    if (base > last_seen || base + Traits::kTileKv <= first_seen) {
-      // Both waits keep this warp from arriving twice in one phase.
-      mbarrier_wait(smem.full(1, stage), parity);
-      if (lane == 0) {
-        mbarrier_arrive(smem.empty(0, stage));
-        mbarrier_arrive(smem.empty(1, stage));
-      }
-      continue;
-    }
+  constexpr int kTileKv = Traits::kTileKv;
+  // The steps in which some query of this group sees a key.
+  const int position = work.position + threadIdx.x / 128 * kPanelRows;
+  const int last_step = work.last_key / kTileKv;
+  const int last_seen = min(band.last_key(position + kPanelRows - 1), work.last_key);
+  const int begin = last_seen < 0 ? num_steps : last_step - last_seen / kTileKv;
+  const int end = min(last_step - band.first_key(position) / kTileKv, num_steps - 1);
+  skip_steps(smem, 0, min(begin, num_steps) - 1);
+  if (begin <= end) {
     float s[32];
-    wgmma_fence();
-    panel_product<Element>(s, q_tile, smem.keys(0, stage));
-    wgmma_commit();
+    uint32_t prob[1][8][2];
+    const auto mask = [&](int n) {
+      const int base = (last_step - n) * kTileKv;
+      if (base < work.full_first || base + kTileKv - 1 > work.full_last) {
+        mask_scores(as_fragments(s), band, work, base);
+      }
+    };
+    auto& scores = as_fragments(s)[0];
+    issue_scores(smem, begin, s);
     wgmma_wait_group<0>();
     pin_registers(s);
-    if (lane == 0) mbarrier_arrive(smem.empty(0, stage));
-    if (base < work.full_first || base + Traits::kTileKv - 1 > work.full_last) {
-      mask_scores(as_fragments(s), band, work, base);
+    release(smem, 0, begin);
+    mask(begin);
+    float keep[2];
+    softmax.adapt(0, scores, work.scale_log2, keep);  // there is no output yet
+    softmax.exponentiate(0, scores, work.scale_log2);
+    softmax.pack(prob[0], scores);
+    for (int n = begin; n < end; ++n) {
+      issue_scores(smem, n + 1, s);
+      issue_output(smem, n, prob, o);
+      wgmma_wait_group<1>();
+      pin_registers(s);
+      release(smem, 0, n + 1);
+      mask(n + 1);
+      const bool is_moved = softmax.adapt(0, scores, work.scale_log2, keep);
+      softmax.exponentiate(0, scores, work.scale_log2);
+      wgmma_wait_group<0>();
+      pin_registers(o);
+      release(smem, 1, n);
+      if (is_moved) softmax.rescale(as_fragments(o)[0], keep);
+      softmax.pack(prob[0], scores);
     }
-    uint32_t prob[1][8][2];
-    softmax.step(as_fragments(s), prob, as_fragments(o), work.scale_log2);
-    mbarrier_wait(smem.full(1, stage), parity);
-    wgmma_fence();
-    packed_product<Element>(o, prob, smem.keys(1, stage));
-    wgmma_commit();
+    issue_output(smem, end, prob, o);
     wgmma_wait_group<0>();
     pin_registers(o);
-    if (lane == 0) mbarrier_arrive(smem.empty(1, stage));
+    release(smem, 1, end);
   }
+  skip_steps(smem, max(begin, end + 1), num_steps - 1);
 }
 
 template <class Traits>

@@ -1,5 +1,5 @@
-// Tiles of 64 rows and 128 columns as wgmma reads them: two panels of 64 columns, rows of 128 bytes,
-// 128-byte swizzle.
+// Tiles of 64 rows and 128 columns as wgmma reads them: two panels of 64 columns, rows of 128
+// bytes, 128-byte swizzle.
 #pragma once
 #include "cuda/device/barrier_sm90.cuh"
 #include "cuda/device/tile_sm80.cuh"
@@ -40,7 +40,8 @@ __device__ __forceinline__ void panel_product(float (&acc)[32], uint32_t a, uint
   }
 }
 
-// Issues acc += P B. P: packed accumulators of 64 columns; B: a panel tile, 64 rows. The caller commits.
+// Issues acc += P B. P: packed accumulators of 64 columns; B: a panel tile, 64 rows. The caller
+// commits.
 template <class Element>
 __device__ __forceinline__ void packed_product(float (&acc)[64], const uint32_t (&p)[1][8][2],
                                                uint32_t b) {

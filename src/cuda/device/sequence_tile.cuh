@@ -24,9 +24,9 @@ struct TileSlot {
   int first;  // first row of the tile inside its sequence; at or behind the end: nothing to do
 };
 
-// Tile `slot` of a packed batch cut into tiles of `tile_rows` rows. The tiles of sequence b start at
-// slot cu[b] / tile_rows + b, so num_tile_slots() is enough for any lengths and no length has to be
-// known on the host.
+// Tile `slot` of a packed batch cut into tiles of `tile_rows` rows. The tiles of sequence b start
+// at slot cu[b] / tile_rows + b, so num_tile_slots() is enough for any lengths and no length has to
+// be known on the host.
 __device__ __forceinline__ TileSlot find_tile(const int32_t* cu, int batch, int slot,
                                               int tile_rows) {
   int low = 0, high = batch;

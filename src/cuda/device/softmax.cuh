@@ -5,9 +5,9 @@
 
 namespace fsattn::device {
 
-// Probabilities are kept below 2^-kHeadroom until finish(), so that sums of P V stay finite for every
-// finite bf16 value whose average is. P keeps its precision: bf16 has the exponents of fp32. fp16
-// values cannot overflow fp32 sums, and fp16 probabilities have no exponents to spare.
+// Probabilities are kept below 2^-kHeadroom until finish(), so that sums of P V stay finite for
+// every finite bf16 value whose average is. P keeps its precision: bf16 has the exponents of fp32.
+// fp16 values cannot overflow fp32 sums, and fp16 probabilities have no exponents to spare.
 template <class Element>
 inline constexpr int kHeadroom = kIsBf16<Element> ? 24 : 0;
 
@@ -28,56 +28,81 @@ struct OnlineSoftmax {
     }
   }
 
-  // Turns scores into probabilities. The reference of a row moves only when its maximum has grown by
-  // more than 2^kSlack, which after the first steps is rare: then what was accumulated is rescaled.
+  // Turns scores into packed probabilities.
   template <int kN, int kNo>
-  __device__ __forceinline__ void step(const float (&s)[kM][kN][4], uint32_t (&p)[kM][kN][2],
+  __device__ __forceinline__ void step(float (&s)[kM][kN][4], uint32_t (&p)[kM][kN][2],
                                        float (&o)[kM][kNo][4], float scale_log2) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      float top[2] = {s[m][0][0], s[m][0][2]};
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        top[0] = fmaxf(top[0], fmaxf(s[m][n][0], s[m][n][1]));
-        top[1] = fmaxf(top[1], fmaxf(s[m][n][2], s[m][n][3]));
-      }
-      top[0] = fmaf(quad_max(top[0]), scale_log2, kShift);
-      top[1] = fmaf(quad_max(top[1]), scale_log2, kShift);
-      const bool is_outgrown = top[0] > max[2 * m] + kSlack || top[1] > max[2 * m + 1] + kSlack;
-      if (__any_sync(kFullMask, is_outgrown)) {
-        move_reference(top[0], max[2 * m], sum[2 * m], o[m], 0);
-        move_reference(top[1], max[2 * m + 1], sum[2 * m + 1], o[m], 2);
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int i = 2 * m + half;
-        // A row that has seen no key yet: shift by 0, so that 2^(-inf) is 0 and not NaN.
-        const float shift = max[i] == -INFINITY ? 0.f : max[i];
-        float part = 0.f;
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-          const float p0 = exp2_approx(fmaf(s[m][n][2 * half], scale_log2, -shift));
-          const float p1 = exp2_approx(fmaf(s[m][n][2 * half + 1], scale_log2, -shift));
-          part += p0 + p1;
-          p[m][n][half] = pack_pair<Element>(p0, p1);
-        }
-        sum[i] += part;
-      }
+      float keep[2];
+      if (adapt(m, s[m], scale_log2, keep)) rescale(o[m], keep);
+      exponentiate(m, s[m], scale_log2);
+      pack(p[m], s[m]);
     }
   }
 
-  // One row; its outputs are elements e and e + 1 of each fragment.
+  // Moves the reference of the rows of m16 tile `m` when a maximum has grown by more than 2^kSlack,
+  // which after the first steps is rare. Then it returns true, and o has to be scaled by `keep`.
+  template <int kN>
+  __device__ __forceinline__ bool adapt(int m, const float (&s)[kN][4], float scale_log2,
+                                        float (&keep)[2]) {
+    float top[2] = {s[0][0], s[0][2]};
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      top[0] = fmaxf(top[0], fmaxf(s[n][0], s[n][1]));
+      top[1] = fmaxf(top[1], fmaxf(s[n][2], s[n][3]));
+    }
+    top[0] = fmaf(quad_max(top[0]), scale_log2, kShift);
+    top[1] = fmaf(quad_max(top[1]), scale_log2, kShift);
+    const bool is_outgrown = top[0] > max[2 * m] + kSlack || top[1] > max[2 * m + 1] + kSlack;
+    if (!__any_sync(kFullMask, is_outgrown)) return false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = 2 * m + half;
+      const float next = fmaxf(max[i], top[half]);
+      keep[half] = next == -INFINITY ? 1.f : exp2_approx(max[i] - next);
+      max[i] = next;
+      sum[i] *= keep[half];
+    }
+    return true;
+  }
+
   template <int kNo>
-  static __device__ __forceinline__ void move_reference(float top, float& max, float& sum,
-                                                        float (&o)[kNo][4], int e) {
-    const float next = fmaxf(max, top);
-    const float keep = next == -INFINITY ? 1.f : exp2_approx(max - next);
-    max = next;
-    sum *= keep;
+  static __device__ __forceinline__ void rescale(float (&o)[kNo][4], const float (&keep)[2]) {
 #pragma unroll
     for (int n = 0; n < kNo; ++n) {
-      o[n][e] *= keep;
-      o[n][e + 1] *= keep;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) o[n][e] *= keep[e / 2];
+    }
+  }
+
+  // Scores to probabilities, in place.
+  template <int kN>
+  __device__ __forceinline__ void exponentiate(int m, float (&s)[kN][4], float scale_log2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = 2 * m + half;
+      // A row that has seen no key yet: shift by 0, so that 2^(-inf) is 0 and not NaN.
+      const float shift = max[i] == -INFINITY ? 0.f : max[i];
+      float part = 0.f;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          s[n][e] = exp2_approx(fmaf(s[n][e], scale_log2, -shift));
+        }
+        part += s[n][2 * half] + s[n][2 * half + 1];
+      }
+      sum[i] += part;
+    }
+  }
+
+  template <int kN>
+  static __device__ __forceinline__ void pack(uint32_t (&p)[kN][2], const float (&s)[kN][4]) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      p[n][0] = pack_pair<Element>(s[n][0], s[n][1]);
+      p[n][1] = pack_pair<Element>(s[n][2], s[n][3]);
     }
   }
 

@@ -22,8 +22,8 @@ __host__ __device__ constexpr int tile_bytes(int rows) {
   return rows * kCols * 2;
 }
 
-// Chunks of a row are visited in pairs: pair i of the address that `lane_*` returned. The lowest bits
-// of a chunk are swizzled, the others are an offset that folds into the instruction.
+// Chunks of a row are visited in pairs: pair i of the address that `lane_*` returned. The lowest
+// bits of a chunk are swizzled, the others are an offset that folds into the instruction.
 __device__ __forceinline__ uint32_t chunk_pair(uint32_t lane_address, int i) {
   return (lane_address ^ (i * 32 & 127)) + (i * 32 & ~127);
 }
@@ -57,8 +57,8 @@ struct MatrixView {
   int cols;
 };
 
-// The part of a matrix that a thread copies: eight threads share the 128 bytes of a row, so that all
-// copies of a thread have the same swizzle.
+// The part of a matrix that a thread copies: eight threads share the 128 bytes of a row, so that
+// all copies of a thread have the same swizzle.
 template <class Element>
 __device__ __forceinline__ MatrixView<Element> thread_part(const MatrixView<Element>& m,
                                                            int thread) {
