@@ -76,7 +76,6 @@ void run_fwd(const Shape& s, const Batch& b, Device& d, double scale) {
   }
 }
 
-#ifndef FSATTN_TEST_FWD_ONLY
 void run_bwd(const Shape& s, const Batch& b, Device& d, double scale, bool accumulate,
              Scratch scratch, bool with_dlse) {
   AttnBwdTensors attn{};
@@ -100,7 +99,6 @@ void run_bwd(const Shape& s, const Batch& b, Device& d, double scale, bool accum
         nullptr);
   }
 }
-#endif
 
 size_t scratch_bytes(const Shape& s, const Batch& b) {
   Problem p;
@@ -169,7 +167,6 @@ void test_case(const Shape& s) {
     worst = e <= 1e300 ? std::max(worst, e) : INFINITY;
   }
   check(worst < 1e-5, "lse", s, worst);
-#ifndef FSATTN_TEST_FWD_ONLY
   DeviceArray<char> scratch(std::max<size_t>(256, scratch_bytes(s, b)));
   std::vector<uint16_t> dq, dk, dv;
   for (int run = 0; run < 2; ++run) {
@@ -204,7 +201,6 @@ void test_case(const Shape& s) {
   check_tensor("accumulated dq", s, d.dq, twice(ref.dq), limit);
   check_tensor("accumulated dk", s, d.dk, twice(ref.dk), limit);
   check_tensor("accumulated dv", s, d.dv, twice(ref.dv), limit);
-#endif
 }
 
 std::vector<Shape> all_shapes() {
@@ -369,13 +365,11 @@ void time_shape(int heads_q, int heads_kv, int dim, int dim_v, int tokens, int w
   std::printf("%-10s %2d/%2d D %3d/%3d T %6d  fwd %7.3f ms %5.0f TF/s",
               window >= 0 ? "window" : "compressed", heads_q, heads_kv, dim, dim_v, tokens, fwd,
               flop / fwd * 1e-9);
-#ifndef FSATTN_TEST_FWD_ONLY
   DeviceArray<char> scratch(std::max<size_t>(256, scratch_bytes(s, b)));
   const double bwd = time_ms([&] {
     run_bwd(s, b, d, scale, false, {scratch.data, scratch.size}, false);
   });
   std::printf("   bwd %7.3f ms %5.0f TF/s", bwd, 2.5 * flop / bwd * 1e-9);
-#endif
   std::printf("\n");
   std::fflush(stdout);
 }
