@@ -36,6 +36,10 @@ test-cpp: build
 test-python: build
 	$(PY) -m pytest tests/python -q -rs
 
+# Everything that needs a GPU; without one it builds and says what it skipped.
+test-gpu: $(STAMP)
+	tools/check_gpu.sh
+
 info: build
 	$(PY) -m fsattn info
 
