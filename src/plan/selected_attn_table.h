@@ -343,4 +343,28 @@ constexpr size_t selected_attn_bwd_workspace(const Problem& problem) {
   return selected_bwd_layout(selected_shape(problem)).bytes;
 }
 
+// ---- Choices that documentation and benchmarks rely on ----
+
+namespace selected_detail {
+
+constexpr SelectedAlgorithm algorithm_at(Arch arch, int64_t group, int64_t dim,
+                                         int64_t block_size) {
+  Problem p{};
+  p.dtype = DType::kBFloat16;
+  p.num_heads_q = group;
+  p.num_heads_kv = 1;
+  p.head_dim = p.head_dim_v = dim;
+  p.block_size = block_size;
+  return kSelectedAttnFwdTable[static_cast<size_t>(find_selected_attn_fwd_row(arch, p))].algorithm;
+}
+
+static_assert(algorithm_at(Arch::kSm90a, 4, 128, 64) == SelectedAlgorithm::kBlockMajorWgmma);
+static_assert(algorithm_at(Arch::kSm90a, 4, 128, 128) == SelectedAlgorithm::kBlockMajor);
+static_assert(algorithm_at(Arch::kSm90a, 4, 120, 64) == SelectedAlgorithm::kBlockMajor);
+static_assert(algorithm_at(Arch::kSm80, 4, 128, 64) == SelectedAlgorithm::kBlockMajor);
+static_assert(algorithm_at(Arch::kSm90a, 64, 128, 64) == SelectedAlgorithm::kQueryMajor);
+static_assert(algorithm_at(Arch::kSm80, 64, 256, 256) == SelectedAlgorithm::kQueryMajor);
+
+}  // namespace selected_detail
+
 }  // namespace fsattn
