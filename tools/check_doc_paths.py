@@ -7,7 +7,17 @@ import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FOLDERS = ("include/", "src/", "python/", "tests/", "docs/", "tools/", "bench/", "examples/", "cmake/")
+FOLDERS = (
+    "include/",
+    "src/",
+    "python/",
+    "tests/",
+    "docs/",
+    "tools/",
+    "bench/",
+    "examples/",
+    "cmake/",
+)
 TICKED = re.compile(r"`([A-Za-z0-9_./*-]+)`")
 LINKED = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 

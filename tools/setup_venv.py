@@ -44,7 +44,9 @@ def make_environment(folder: pathlib.Path) -> pathlib.Path:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=False, symlinks=True)
-    has_pip = subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
+    has_pip = (
+        subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
+    )
     if not has_pip:
         with tempfile.TemporaryDirectory() as scratch:
             wheel = download_pip(pathlib.Path(scratch))
