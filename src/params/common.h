@@ -34,7 +34,7 @@ struct Packing {
   const int32_t* q_offset;  // null: bottom-right alignment
   int64_t total_q;
   int64_t total_k;  // where k holds compressed rows: rows * kernel_stride
-  int64_t max_q;  // upper bounds of the lengths of one sequence
+  int64_t max_q;    // upper bounds of the lengths of one sequence
   int64_t max_k;
 };
 

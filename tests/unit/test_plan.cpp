@@ -108,8 +108,9 @@ TEST(cuda_plans_of_the_usual_shape) {
     return line.substr(0, line.find(", workspace")) + " " + line.substr(line.find('('));
   };
   EXPECT_EQ(text(Op::kCompressKv, Pass::kFwd), "compress_kv fwd: sm_80 row 0 (bfloat16)");
-  EXPECT_EQ(text(Op::kCompressedAttn, Pass::kFwd),
-            "compressed_attention fwd: sm_90a row 0 (bfloat16, head_dim <= 128, head_dim_v <= 128)");
+  EXPECT_EQ(
+      text(Op::kCompressedAttn, Pass::kFwd),
+      "compressed_attention fwd: sm_90a row 0 (bfloat16, head_dim <= 128, head_dim_v <= 128)");
   EXPECT_EQ(text(Op::kWindowAttn, Pass::kBwd),
             "window_attention bwd: sm_90a row 0 (bfloat16, head_dim <= 128, head_dim_v <= 128)");
   EXPECT_EQ(text(Op::kSelectBlocks, Pass::kFwd),
