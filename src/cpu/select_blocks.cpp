@@ -164,21 +164,22 @@ int64_t rank_blocks(const SelectJob<Real>& select, const Real* block_score, Cand
 }
 
 // Writes one query's row: forced and best blocks ascending, then -1. The forced blocks fit: topk is at
-// least init_blocks + local_blocks.
+// least init_blocks + local_blocks. query_block is that of the query's position, which may lie behind
+// the sequence's num_blocks.
 template <class Real>
 void select_row(const SelectJob<Real>& select, const Real* block_score, int64_t query_block,
-                const SelectBuffers<Real>& buffers, int32_t* row) {
+                int64_t num_blocks, const SelectBuffers<Real>& buffers, int32_t* row) {
   const SelectBlocksParams& params = select.params;
-  const int64_t num_init = std::min(params.init_blocks, query_block + 1);
-  const int64_t local_begin = std::max(query_block + 1 - params.local_blocks, num_init);
-  const int64_t num_local = query_block + 1 - local_begin;
+  const int64_t end = std::min(query_block + 1, num_blocks);
+  const int64_t num_init = std::min(params.init_blocks, end);
+  const int64_t local_begin = std::clamp(query_block + 1 - params.local_blocks, num_init, end);
   const int64_t num_ranked = rank_blocks(select, block_score, {num_init, local_begin},
-                                         params.topk - num_init - num_local, buffers);
+                                         params.topk - num_init - (end - local_begin), buffers);
   std::sort(buffers.best, buffers.best + num_ranked);
   int32_t* out = row;
   for (int64_t i = 0; i < num_init; ++i) *out++ = static_cast<int32_t>(i);
   out = std::copy_n(buffers.best, num_ranked, out);
-  for (int64_t i = num_local; i > 0; --i) *out++ = static_cast<int32_t>(query_block + 1 - i);
+  for (int64_t i = local_begin; i < end; ++i) *out++ = static_cast<int32_t>(i);
   std::fill(out, row + params.topk, -1);
 }
 
@@ -192,10 +193,10 @@ void select_rows(const SelectJob<Real>& select, const QueryTile& tile,
   const int64_t num_blocks = std::min(ceil_div(seqlen_k, params.block_size), select.num_blocks);
   for (int64_t i = 0; i < tile.num_queries; ++i) {
     const int64_t position = tile.first_query + i + tile.seq.offset;
-    const int64_t query_block =
-        position < 0 ? -1 : std::min(position / params.block_size, num_blocks - 1);
+    const int64_t query_block = position < 0 ? -1 : position / params.block_size;
     int32_t* row = params.topk_idx + (tile.head * packing.total_q + tile.token(i)) * params.topk;
-    select_row(select, buffers.block_score + i * select.num_blocks, query_block, buffers, row);
+    select_row(select, buffers.block_score + i * select.num_blocks, query_block, num_blocks,
+               buffers, row);
   }
 }
 
