@@ -194,7 +194,7 @@ def test_compile_the_whole_call():
         k_cmp, _ = fsattn.compress_kv(k, **sizes)
         v_cmp, _ = fsattn.compress_kv(v, **sizes)
         return fsattn.native_sparse_attention(
-            q, k, v, k_cmp, v_cmp, gates, **sizes, block_size=16, topk=2, window_size=9
+            q, k, v, k_cmp, v_cmp, gates, **sizes, block_size=16, topk=3, window_size=9
         )
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -313,7 +313,7 @@ def test_integer_results_carry_no_gradient():
         _, lse = fsattn.compressed_attention(
             q, k_cmp, k_cmp, cu, cu, cu_cmp, **sizes, return_lse=True
         )
-        rows = fsattn.select_blocks(q, k_cmp, lse, cu, cu, cu_cmp, **sizes, block_size=16, topk=2)
+        rows = fsattn.select_blocks(q, k_cmp, lse, cu, cu, cu_cmp, **sizes, block_size=16, topk=3)
         index = fsattn.build_block_index(rows, cu, cu, block_size=16)
     assert not any(x.requires_grad for x in (rows, cu_cmp, *index))
 
@@ -324,7 +324,7 @@ def test_native_lse_is_detached():
     leaves = [x.detach().requires_grad_() for x in built.inputs]
     cu, cu_cmp = TINY.cu()[0], TINY.cu_cmp()
     o, lses = fsattn.native_sparse_attention(
-        *leaves, cu, cu, cu_cmp, kernel_size=4, kernel_stride=2, block_size=16, topk=2,
+        *leaves, cu, cu, cu_cmp, kernel_size=4, kernel_stride=2, block_size=16, topk=3,
         window_size=3, return_lse=True,
     )  # fmt: skip
     assert o.requires_grad and not any(lse.requires_grad for lse in lses)
