@@ -120,10 +120,11 @@ def test_logits_near_the_largest_number(dtype):
         assert all(bool(x.isfinite().all()) for x in (o, *gradients))
         seen = lse.isfinite()
         assert bool((seen | (lse == -torch.inf)).all())
-        # One value row for every query that sees a key, rounded once.
+        # One value row for every query that sees a key; its weight and the result are rounded.
         v = call.inputs[2].repeat_interleave(2, 1)
         distance = (o[:, None] - v[None]).abs().amax(-1).amin(1)
-        assert float(torch.where(seen.T, distance, 0).max()) == 0.0, op
+        rounding = torch.finfo(dtype).eps * float(v.abs().max())
+        assert float(torch.where(seen.T, distance, 0).max()) <= rounding, op
 
 
 # NaN as bf16, as fp16 and as fp32; as int32 far behind every block.
