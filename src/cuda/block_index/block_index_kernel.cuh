@@ -81,12 +81,13 @@ __device__ __forceinline__ QueryBlocks find_query_blocks(const Args& a, int toke
   const Packing& packing = a.packing;
   const int seq = device::find_sequence(packing.cu_q, static_cast<int>(packing.batch), token);
   if (seq >= packing.batch) return {0, 0};
-  const auto [k0, k1] = device::find_keys(packing, seq);
+  const device::KeyRange keys = device::find_keys(packing, seq);
+  const int64_t k0 = keys.begin, k1 = keys.end;
   const int64_t position = token + device::position_shift(packing, seq);
   if (position < 0 || k1 <= k0) return {0, 0};
   const int64_t block_size = a.mask.block_size;
   const int64_t first_slot = first_block_slot(k0, seq, block_size);
-  int64_t num_visible = min(position, int64_t{k1 - k0 - 1}) / block_size + 1;
+  int64_t num_visible = min(position, k1 - k0 - 1) / block_size + 1;
   num_visible = min(num_visible, a.mask.index.num_slots - first_slot);
   return {static_cast<int>(first_slot), static_cast<int>(max(num_visible, int64_t{0}))};
 }

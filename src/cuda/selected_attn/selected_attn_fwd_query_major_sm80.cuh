@@ -64,8 +64,9 @@ __device__ __forceinline__ VisibleBlock find_block(const QueryMajorArgs& a, Quer
   const int id = s.ids[j];
   bool is_repeat = false;
   for (int i = 0; i < j; ++i) is_repeat |= s.ids[i] == id;
-  const auto [k0, k1] = device::find_keys(packing, seq);
-  const int64_t end = min(int64_t{k1 - k0}, token + device::position_shift(packing, seq) + 1);
+  const device::KeyRange keys = device::find_keys(packing, seq);
+  const int64_t k0 = keys.begin, k1 = keys.end;
+  const int64_t end = min(k1 - k0, token + device::position_shift(packing, seq) + 1);
   const int64_t first = id * a.mask.block_size;
   if (is_repeat || id < 0 || first >= end) return {0, 0};
   return {static_cast<int>(k0 + first), static_cast<int>(min(end - first, a.mask.block_size))};

@@ -68,7 +68,8 @@ __device__ __forceinline__ Item find_part(const ItemArgs& a, int head, int part,
   const Packing& packing = a.packing;
   const int seq =
       device::find_slot_sequence(packing.cu_k, static_cast<int>(packing.batch), slot, a.block_size);
-  const auto [k0, k1] = device::find_keys(packing, seq);
+  const device::KeyRange keys = device::find_keys(packing, seq);
+  const int k0 = keys.begin, k1 = keys.end;
   const int block = slot - static_cast<int>(first_block_slot(k0, seq, a.block_size));
   const int64_t key = int64_t{block} * a.block_size + (part - slot * a.splits) * a.keys;
   item.num_keys = static_cast<int>(min(int64_t{a.keys}, k1 - k0 - key));
