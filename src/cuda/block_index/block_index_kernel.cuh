@@ -336,9 +336,8 @@ void launch_block_index(const BlockIndexParams& params, Stream stream) {
                   static_cast<unsigned>(ceil_div<int64_t>(num_slots, T::kWindow)));
   const int count_bytes = T::kWindow * static_cast<int>(sizeof(QuerySet<T::kWords>) + sizeof(int));
   const int scatter_bytes = static_cast<int>(sizeof(ScatterStorage<T>));
-  constexpr auto kSmemLimit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  FSATTN_CUDA_CHECK(cudaFuncSetAttribute(block_index_count_kernel<T>, kSmemLimit, count_bytes));
-  FSATTN_CUDA_CHECK(cudaFuncSetAttribute(block_index_scatter_kernel<T>, kSmemLimit, scatter_bytes));
+  allow_shared_memory(block_index_count_kernel<T>, count_bytes);
+  allow_shared_memory(block_index_scatter_kernel<T>, scatter_bytes);
 
   block_index_count_kernel<T><<<grid, T::kThreads, count_bytes, cuda_stream>>>(args);
   const dim3 prefix_grid(static_cast<unsigned>(ceil_div<int64_t>(num_slots, kPrefixThreads)),

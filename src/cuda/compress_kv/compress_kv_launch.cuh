@@ -32,12 +32,6 @@ struct CompressKvArrays {
   }
 };
 
-template <class Kernel>
-void allow_smem(Kernel kernel) {
-  FSATTN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         LinearTile::kSmemBytes));
-}
-
 template <class Element>
 void linear_fwd(const CompressKvFwdParams& p, const CompressKvArrays& s, cudaStream_t stream) {
   const CompressKvShape& shape = p.shape;
@@ -52,7 +46,7 @@ void linear_fwd(const CompressKvFwdParams& p, const CompressKvArrays& s, cudaStr
         s.bias_partial, s.bias, count, shape.kernel_size);
     bias = s.bias;
   }
-  allow_smem(&linear_fwd_kernel<Element>);
+  allow_shared_memory(&linear_fwd_kernel<Element>, LinearTile::kSmemBytes);
   const dim3 grid(linear_tiles(shape.rows_cmp, LinearTile::kM), heads,
                   linear_tiles(shape.head_dim, LinearTile::kN));
   linear_fwd_kernel<Element>
@@ -91,8 +85,8 @@ void linear_bwd(const CompressKvBwdParams& p, const CompressKvArrays& s, cudaStr
   const auto heads = static_cast<unsigned>(shape.num_heads);
   const unsigned n_tiles = linear_tiles(shape.head_dim, LinearTile::kN);
   const int64_t slots = shape.total / shape.kernel_stride + shape.batch + 1;
-  allow_smem(&linear_dx_kernel<Element>);
-  allow_smem(&linear_dw_kernel<Element>);
+  allow_shared_memory(&linear_dx_kernel<Element>, LinearTile::kSmemBytes);
+  allow_shared_memory(&linear_dw_kernel<Element>, LinearTile::kSmemBytes);
   if (shape.total > 0) {
     const dim3 grid(linear_tiles(slots, LinearTile::kM), heads,
                     n_tiles * static_cast<unsigned>(shape.kernel_stride));

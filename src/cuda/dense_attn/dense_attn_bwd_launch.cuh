@@ -50,8 +50,7 @@ void launch_dense_attn_dq(const AttnBwdTensors& tensors, const device::KeySet& k
   } else {
     kernel = dense_attn_bwd_dq_kernel<Traits>;
   }
-  FSATTN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         Traits::kSmemBytes));
+  allow_shared_memory(kernel, Traits::kSmemBytes);
   kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes, stream>>>(
       tensors, keys, delta);
   FSATTN_CUDA_CHECK(cudaGetLastError());
@@ -71,8 +70,7 @@ void launch_dense_attn_dkv(const AttnBwdTensors& tensors, device::KeySet keys,
   } else {
     kernel = dense_attn_bwd_dkv_kernel<Traits>;
   }
-  FSATTN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         Traits::kSmemBytes));
+  allow_shared_memory(kernel, Traits::kSmemBytes);
   kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes, stream>>>(
       tensors, keys, buffers);
   FSATTN_CUDA_CHECK(cudaGetLastError());

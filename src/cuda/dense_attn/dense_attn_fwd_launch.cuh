@@ -28,8 +28,7 @@ void launch_dense_attn_fwd(const AttnFwdTensors& tensors, const device::KeySet& 
   } else {
     kernel = dense_attn_fwd_kernel<Traits>;
   }
-  FSATTN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         Traits::kSmemBytes));
+  allow_shared_memory(kernel, Traits::kSmemBytes);
   kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes,
            static_cast<cudaStream_t>(stream)>>>(tensors, keys);
   FSATTN_CUDA_CHECK(cudaGetLastError());

@@ -260,8 +260,7 @@ void launch_select_blocks(const SelectBlocksParams& params, Stream stream) {
   const int64_t ctas = device::num_tile_slots(packing.total_q, packing.batch, Traits::kTileQ) *
                        params.shape.num_heads_kv;
   auto* kernel = device::select_blocks_kernel<Traits>;
-  FSATTN_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem.bytes));
+  allow_shared_memory(kernel, smem.bytes);
   kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, static_cast<size_t>(smem.bytes),
            static_cast<cudaStream_t>(stream)>>>(params, smem, g, band, num_heads);
   FSATTN_CUDA_CHECK(cudaGetLastError());

@@ -76,8 +76,7 @@ inline void assert_addressable(const Rows& rows, int64_t tokens, int64_t heads) 
 // CTAs of `kernel` that the device holds at a time.
 template <class Kernel>
 int resident_ctas(Kernel kernel, int threads, int smem_bytes) {
-  FSATTN_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+  allow_shared_memory(kernel, smem_bytes);
   int device = 0, num_sms = 0, per_sm = 0;
   FSATTN_CUDA_CHECK(cudaGetDevice(&device));
   FSATTN_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));

@@ -237,8 +237,7 @@ void run_fwd_query_major(const SelectedAttnFwdParams& params, cudaStream_t strea
                          static_cast<float>(t.shape.softmax_scale) * device::kLog2E};
   constexpr int kBytes = sizeof(QueryMajorStorage<T>);
   const auto kernel = selected_attn_fwd_query_major_kernel<T>;
-  FSATTN_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  allow_shared_memory(kernel, kBytes);
   const dim3 grid(static_cast<unsigned>(t.packing.total_q),
                   static_cast<unsigned>(t.shape.num_heads_kv));
   kernel<<<grid, T::kThreads, kBytes, stream>>>(a);
