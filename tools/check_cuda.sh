@@ -4,5 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make build CMAKE_ARGS="-DFSATTN_CUDA=ON -DFSATTN_WERROR=ON"
-echo "machine code in the library, kernels an architecture:"
-cuobjdump --list-elf build/release/src/libfsattn.a 2> /dev/null | grep -o 'sm_[0-9a]*' | sort | uniq -c
+if command -v cuobjdump > /dev/null; then
+  echo "machine code in the library, kernels an architecture:"
+  cuobjdump --list-elf build/release/src/libfsattn.a | grep -o 'sm_[0-9a]*' | sort | uniq -c
+fi
