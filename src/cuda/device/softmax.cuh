@@ -14,10 +14,10 @@ inline constexpr int kHeadroom = kIsBf16<Element> ? 24 : 0;
 // A warp's rows: accumulator row 2 m + h of a lane is row m * 16 + h * 8 + lane / 4.
 template <class Element, int kM>
 struct OnlineSoftmax {
-  static constexpr float kShift = kHeadroom<Element>, kScaleUp = 1 << kHeadroom<Element>;
-  // P stays below 2^(kSlack - kHeadroom): far inside both ranges.
+  static constexpr float kScaleUp = 1 << kHeadroom<Element>;
+  // P stays below 2^kSlack: far inside both ranges.
   static constexpr float kSlack = 8;
-  float max[2 * kM];  // the reference: a scaled score of the row, plus kShift
+  float max[2 * kM];  // the reference: a scaled score of the row
   float sum[2 * kM];  // this lane's columns only, until finish()
 
   __device__ __forceinline__ void init() {
@@ -52,8 +52,8 @@ struct OnlineSoftmax {
       top[0] = fmaxf(top[0], fmaxf(s[n][0], s[n][1]));
       top[1] = fmaxf(top[1], fmaxf(s[n][2], s[n][3]));
     }
-    top[0] = fmaf(quad_max(top[0]), scale_log2, kShift);
-    top[1] = fmaf(quad_max(top[1]), scale_log2, kShift);
+    top[0] = quad_max(top[0]) * scale_log2;
+    top[1] = quad_max(top[1]) * scale_log2;
     const bool is_outgrown = top[0] > max[2 * m] + kSlack || top[1] > max[2 * m + 1] + kSlack;
     if (!__any_sync(kFullMask, is_outgrown)) return false;
 #pragma unroll
@@ -101,8 +101,22 @@ struct OnlineSoftmax {
   static __device__ __forceinline__ void pack(uint32_t (&p)[kN][2], const float (&s)[kN][4]) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      p[n][0] = pack_pair<Element>(s[n][0], s[n][1]);
-      p[n][1] = pack_pair<Element>(s[n][2], s[n][3]);
+      p[n][0] = scale_down(pack_pair<Element>(s[n][0], s[n][1]));
+      p[n][1] = scale_down(pack_pair<Element>(s[n][2], s[n][3]));
+    }
+  }
+
+  // One instruction a pair; scaling the fp32 values would take two, scaling in the exponent would cost
+  // the lse its last bits.
+  static __device__ __forceinline__ uint32_t scale_down(uint32_t pair) {
+    if constexpr (kHeadroom<Element> == 0) {
+      return pair;
+    } else {
+      constexpr uint32_t kFactor = (127u - kHeadroom<Element>) << 7,
+                         kPair = kFactor << 16 | kFactor;
+      uint32_t scaled;
+      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(scaled) : "r"(pair), "r"(kPair), "r"(0x80008000u));
+      return scaled;
     }
   }
 
@@ -112,13 +126,14 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int i = 0; i < 2 * kM; ++i) {
       const float total = quad_sum(sum[i]);
+      // In this order: 1 / total is at most 1, its product with the sum of scaled values then too small
+      // to overflow before it is scaled up.
       const float inverse = total == 0.f ? 0.f : 1.f / total;
-      // max - kShift is exact wherever kShift was not lost in max anyway.
-      lse[i] = total == 0.f ? -INFINITY : (max[i] - kShift + log2_approx(total * kScaleUp)) * kLn2;
+      lse[i] = total == 0.f ? -INFINITY : (max[i] + log2_approx(total)) * kLn2;
 #pragma unroll
       for (int n = 0; n < kNo; ++n) {
-        o[i / 2][n][i % 2 * 2] *= inverse;
-        o[i / 2][n][i % 2 * 2 + 1] *= inverse;
+        o[i / 2][n][i % 2 * 2] = o[i / 2][n][i % 2 * 2] * inverse * kScaleUp;
+        o[i / 2][n][i % 2 * 2 + 1] = o[i / 2][n][i % 2 * 2 + 1] * inverse * kScaleUp;
       }
     }
   }

@@ -86,6 +86,23 @@ __global__ void __launch_bounds__(kReduceThreads)
   sum.store(dq);
 }
 
+// Four columns of the row [dk, dv] of a key.
+template <class Element>
+__device__ __forceinline__ void store_dkv_vector(const BwdArgs& a, int64_t token, int kv_head,
+                                                 int column, float4 sum) {
+  const int dims_qk = a.chunks_qk * 8;
+  const bool is_k = column < dims_qk;
+  Element* out = row_pointer16<Element>(is_k ? a.attn.dk : a.attn.dv, token, kv_head) +
+                 (is_k ? column : column - dims_qk);
+  auto* pairs = reinterpret_cast<uint2*>(out);
+  if (a.attn.accumulate_dkv) {
+    const float2 low = device::unpack_pair<Element>(pairs->x);
+    const float2 high = device::unpack_pair<Element>(pairs->y);
+    sum = {sum.x + low.x, sum.y + low.y, sum.z + high.x, sum.w + high.y};
+  }
+  *pairs = {device::pack_pair<Element>(sum.x, sum.y), device::pack_pair<Element>(sum.z, sum.w)};
+}
+
 struct DkvArgs {
   BwdArgs bwd;
   ItemArgs items;
@@ -106,50 +123,55 @@ __global__ void __launch_bounds__(kReduceThreads)
   const Packing& packing = b.packing;
   const int seq =
       device::find_slot_sequence(packing.cu_k, static_cast<int>(packing.batch), slot, b.block_size);
-  const device::KeyRange keys = device::find_keys(packing, seq);
-  const int k0 = keys.begin, k1 = keys.end;
+  const auto [k0, k1] = device::find_keys(packing, seq);
   const int block = slot - static_cast<int>(first_block_slot(k0, seq, b.block_size));
   const int64_t key0 = int64_t{block} * b.block_size + (part - slot * b.splits) * b.keys;
   const int num_keys = static_cast<int>(min(int64_t{b.keys}, k1 - k0 - key0));
   if (num_keys <= 0) return;
 
-  const int dims_qk = a.chunks_qk * 8, dims = dims_qk + a.chunks_v * 8;
-  const int64_t item_size = int64_t{a.keys} * dims;
-  const int vectors = num_keys * dims / kVector;
-  for (int i = threadIdx.x; i < vectors; i += kReduceThreads) {
-    const int key = i * kVector / dims, column = i * kVector - key * dims;
-    float4* total = reinterpret_cast<float4*>(a.dkv_sum + (k0 + key0 + key) * dims + column);
-    float4 sum = a.is_first ? float4{0.f, 0.f, 0.f, 0.f} : *total;
+  // The items of the part in each range; a thread sums kUnroll vectors of them at a time.
+  __shared__ int begin[kMaxSegmentsPerLaunch], end[kMaxSegmentsPerLaunch];
+  for (int r = threadIdx.x; r < num_ranges; r += kReduceThreads) {
+    const int* part_items = a.part_items + int64_t{first_segment + r} * (a.num_parts + 1) + part;
+    begin[r] = __ldg(part_items);
+    end[r] = __ldg(part_items + 1);
+  }
+  __syncthreads();
+  constexpr int kUnroll = 4;
+  const int dims = (a.chunks_qk + a.chunks_v) * 8, vectors = num_keys * dims / kVector;
+  const int64_t item_vectors = int64_t{a.keys} * dims / kVector;
+  const auto* items = reinterpret_cast<const float4*>(a.dkv_items);
+  auto* total = reinterpret_cast<float4*>(a.dkv_sum) + (k0 + key0) * dims / kVector;
+  for (int i0 = threadIdx.x; i0 < vectors; i0 += kUnroll * kReduceThreads) {
+    float4 sum[kUnroll] = {};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = i0 + u * kReduceThreads;
+      if (!a.is_first && i < vectors) sum[u] = total[i];
+    }
     for (int r = 0; r < num_ranges; ++r) {
-      const int* part_items = a.part_items + int64_t{first_segment + r} * (a.num_parts + 1) + part;
-      const int begin = __ldg(part_items), end = __ldg(part_items + 1);
       const int64_t item0 = int64_t{first_segment + r} * a.list.capacity;
-      for (int n = begin; n < end; ++n) {
-        const float4 x = __ldcs(reinterpret_cast<const float4*>(
-            a.dkv_items + (item0 + n) * item_size + int64_t{key} * dims + column));
-        sum.x += x.x;
-        sum.y += x.y;
-        sum.z += x.z;
-        sum.w += x.w;
+      for (int n = begin[r]; n < end[r]; ++n) {
+        const float4* from = items + (item0 + n) * item_vectors + i0;
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          if (i0 + u * kReduceThreads >= vectors) continue;
+          const float4 x = __ldcs(from + u * kReduceThreads);
+          sum[u] = {sum[u].x + x.x, sum[u].y + x.y, sum[u].z + x.z, sum[u].w + x.w};
+        }
       }
     }
-    if (!a.is_last) {
-      *total = sum;
-      continue;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int i = i0 + u * kReduceThreads;
+      if (i >= vectors) continue;
+      if (a.is_last) {
+        const int key = i * kVector / dims;
+        store_dkv_vector<Element>(a, k0 + key0 + key, kv_head, i * kVector - key * dims, sum[u]);
+      } else {
+        total[i] = sum[u];
+      }
     }
-    const bool is_k = column < dims_qk;
-    Element* out = row_pointer16<Element>(is_k ? a.attn.dk : a.attn.dv, k0 + key0 + key, kv_head) +
-                   (is_k ? column : column - dims_qk);
-    auto* pairs = reinterpret_cast<uint2*>(out);
-    if (a.attn.accumulate_dkv) {
-      const float2 low = device::unpack_pair<Element>(pairs->x);
-      const float2 high = device::unpack_pair<Element>(pairs->y);
-      sum.x += low.x;
-      sum.y += low.y;
-      sum.z += high.x;
-      sum.w += high.y;
-    }
-    *pairs = {device::pack_pair<Element>(sum.x, sum.y), device::pack_pair<Element>(sum.z, sum.w)};
   }
 }
 

@@ -159,55 +159,50 @@ __device__ __forceinline__ void mma_rows(float (&acc)[1][kN][4], uint32_t a, uin
   }
 }
 
-// S^T and dP^T of this warp's 16 keys and 32 rows -> P^T and dS^T in shared memory. dP^T takes two steps
-// of 16 rows: both at once would need more registers than two CTAs an SM leave.
+// S^T and dP^T of this warp's 16 keys and 32 rows -> P^T and dS^T in shared memory.
 template <class T>
 __device__ __forceinline__ void compute_scores(const BwdArgs& a, BwdStorage<T>& s, int stage,
                                                int buffer, int warp, int lane) {
   using Element = typename T::Element;
   const int key0 = warp % 4 * 16, row0 = warp / 4 * 32;
-  float score[1][4][4] = {};
+  float score[1][4][4] = {}, dp[1][4][4] = {};
   mma_rows<Element, T::kD>(
       score,
       device::lane_rows16<T::kD>(device::smem_address(s.k) + device::tile_bytes<T::kD>(key0), lane),
       device::lane_rows8x2<T::kD>(
           device::smem_address(s.q[stage]) + device::tile_bytes<T::kD>(row0), lane));
+  mma_rows<Element, T::kDv>(
+      dp,
+      device::lane_rows16<T::kDv>(device::smem_address(s.v) + device::tile_bytes<T::kDv>(key0),
+                                  lane),
+      device::lane_rows8x2<T::kDv>(device::smem_address(s.dout) + device::tile_bytes<T::kDv>(row0),
+                                   lane));
   const uint32_t p_tile = device::smem_address(s.p), ds_tile = device::smem_address(s.ds);
 #pragma unroll
-  for (int step = 0; step < 2; ++step) {
-    float dp[1][2][4] = {};
-    mma_rows<Element, T::kDv>(
-        dp,
-        device::lane_rows16<T::kDv>(device::smem_address(s.v) + device::tile_bytes<T::kDv>(key0),
-                                    lane),
-        device::lane_rows8x2<T::kDv>(
-            device::smem_address(s.dout) + device::tile_bytes<T::kDv>(row0 + step * 16), lane));
+  for (int n = 0; n < 4; ++n) {
+    const int row = row0 + n * 8 + lane % 4 * 2;
+    const float4 stats = *reinterpret_cast<const float4*>(&s.stats[buffer][row]);
+    const int2 limit = *reinterpret_cast<const int2*>(&s.limit[buffer][row]);
+    const float lse[2] = {stats.x, stats.z}, delta[2] = {stats.y, stats.w};
+    const int last[2] = {limit.x, limit.y};
+    float p[4], ds[4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int n = step * 2 + i, row = row0 + n * 8 + lane % 4 * 2;
-      const float4 stats = *reinterpret_cast<const float4*>(&s.stats[buffer][row]);
-      const int2 limit = *reinterpret_cast<const int2*>(&s.limit[buffer][row]);
-      const float lse[2] = {stats.x, stats.z}, delta[2] = {stats.y, stats.w};
-      const int last[2] = {limit.x, limit.y};
-      float p[4], ds[4];
+    for (int e = 0; e < 4; ++e) {
+      const int key = key0 + lane / 4 + e / 2 * 8;
+      // P is at most 1; where logits are so large that lse lacks the digits, it may not explode.
+      const float x =
+          device::exp2_approx(fminf(fmaf(score[0][n][e], a.scale_log2, -lse[e % 2]), 0.f));
+      p[e] = key <= last[e % 2] ? x : 0.f;
+      ds[e] = p[e] * (dp[0][n][e] - delta[e % 2]);
+    }
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int key = key0 + lane / 4 + e / 2 * 8;
-        // P is at most 1; where logits are so large that lse lacks the digits, it may not explode.
-        const float x =
-            device::exp2_approx(fminf(fmaf(score[0][n][e], a.scale_log2, -lse[e % 2]), 0.f));
-        p[e] = key <= last[e % 2] ? x : 0.f;
-        ds[e] = p[e] * (dp[0][i][e] - delta[e % 2]);
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t at =
-            device::tile_offset<T::kRows>(key0 + lane / 4 + half * 8, row0 / 8 + n) + lane % 4 * 4;
-        device::store_shared_u32(p_tile + at,
-                                 device::pack_pair<Element>(p[2 * half], p[2 * half + 1]));
-        device::store_shared_u32(ds_tile + at,
-                                 device::pack_pair<Element>(ds[2 * half], ds[2 * half + 1]));
-      }
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t at =
+          device::tile_offset<T::kRows>(key0 + lane / 4 + half * 8, row0 / 8 + n) + lane % 4 * 4;
+      device::store_shared_u32(p_tile + at,
+                               device::pack_pair<Element>(p[2 * half], p[2 * half + 1]));
+      device::store_shared_u32(ds_tile + at,
+                               device::pack_pair<Element>(ds[2 * half], ds[2 * half + 1]));
     }
   }
 }
