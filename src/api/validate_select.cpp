@@ -9,7 +9,8 @@ namespace fsattn {
 namespace {
 
 // No tensor of the call has a row a token of k, so block_start stands for it: num_slots =
-// total_k / S + B. The multiple of S that gives this num_slots is as good as total_k.
+// total_k / S + B. Of the total_k with this num_slots the largest counts: the backends clamp
+// cu_seqlens_k to it, and a smaller one would cut keys off the last sequence.
 int64_t total_k_of(const BuildBlockIndex& call, int64_t batch) {
   FSATTN_CHECK(call.block_start.defined(), kInvalidArgument,
                "block_start: must be given, found none");
@@ -20,7 +21,7 @@ int64_t total_k_of(const BuildBlockIndex& call, int64_t batch) {
   FSATTN_CHECK(num_slots >= batch && num_slots <= kMaxIndex, kInvalidArgument,
                "block_start: must have total_k / block_size + batch + 1 columns (at least ",
                batch + 1, "), found ", num_slots + 1);
-  return (num_slots - batch) * call.block_size;
+  return std::min((num_slots - batch + 1) * call.block_size - 1, kMaxIndex);
 }
 
 }  // namespace
