@@ -17,10 +17,10 @@ namespace fsattn {
 // have 99 KiB, sm_80 163, sm_90 227) does not run the kernel: kUnsupported.
 template <class Kernel>
 void allow_shared_memory(Kernel* kernel, int bytes) {
-  const cudaError_t status =
+  const cudaError_t result =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (status != cudaErrorInvalidValue) {
-    FSATTN_CUDA_CHECK(status);
+  if (result != cudaErrorInvalidValue) {
+    FSATTN_CUDA_CHECK(result);
     return;
   }
   cudaGetLastError();  // the refusal must not surface at the caller's next check
