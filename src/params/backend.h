@@ -4,6 +4,7 @@
 #include "params/attention.h"
 #include "params/compress_kv.h"
 #include "params/gate.h"
+#include "params/paged.h"
 #include "params/select_blocks.h"
 
 namespace fsattn {
@@ -22,6 +23,14 @@ struct Backend {
   void (*window_attn_bwd)(int row, const WindowAttnBwdParams&, Stream);
   void (*gate_fwd)(int row, const GateFwdParams&, Stream);
   void (*gate_bwd)(int row, const GateBwdParams&, Stream);
+  // Paged cache. A backend may lack the fused ones (null): the others and the operators above compose
+  // the same results.
+  void (*paged_write)(int row, const PagedWriteParams&, Stream) = nullptr;
+  void (*paged_scatter)(int row, const PagedScatterParams&, Stream) = nullptr;
+  void (*paged_gather)(int row, const PagedGatherParams&, Stream) = nullptr;
+  void (*paged_append)(int row, const PagedAppendParams&, Stream) = nullptr;      // fused
+  void (*paged_attn)(int row, const PagedAttnParams&, Stream) = nullptr;          // fused
+  void (*paged_selected)(int row, const PagedSelectedParams&, Stream) = nullptr;  // fused
 };
 
 }  // namespace fsattn
