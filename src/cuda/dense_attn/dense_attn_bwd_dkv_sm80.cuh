@@ -120,6 +120,13 @@ __device__ __forceinline__ void sync_pair(int pair) {
   asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory");
 }
 
+// All warps of the CTA, which reach this barrier in the code of two roles: __syncthreads() would
+// have to be one place for all of them.
+template <class Traits>
+__device__ __forceinline__ void sync_roles() {
+  asm volatile("bar.sync %0, %1;" ::"n"(Traits::kPairs + 1), "n"(Traits::kThreads) : "memory");
+}
+
 // The queries, output gradients and statistics of one step.
 template <class Traits>
 __device__ __forceinline__ void load_queries(uint32_t stage, const AttnBwdTensors& p,
@@ -259,7 +266,8 @@ __device__ __forceinline__ void accumulate_tile(float (&acc)[Traits::kM][kOut][4
   while (at.head <= work.last_head) {
     const int other = 2 * kStages + Traits::kStageBytes - stage;
     cp_async_wait<0>();
-    __syncthreads();  // this stage has landed; nobody reads the other stage or P of the last step
+    // This stage has landed; nobody reads the other stage or P of the last step.
+    sync_roles<Traits>();
     if (const Step next = next_step(work, at, kTileQ); next.head <= work.last_head) {
       load_queries<Traits>(tiles + other, p, deltas, work, next.head, next.index * kTileQ,
                            reread_thread_index());
@@ -337,7 +345,7 @@ __device__ __forceinline__ void run_role(const AttnBwdTensors& p, const device::
   const int row = threadIdx.x / kWarpSize % Traits::kPairs * Traits::kKeysPerPair;
   // dK is staged over K and dV over V, of this pair alone. K is read by the partner until its loop
   // ends, and V by this one's.
-  __syncthreads();
+  sync_roles<Traits>();
   const Rows& rows = kRole == 0 ? p.dv : p.dk;
   const int cols = static_cast<int>(kRole == 0 ? p.shape.head_dim_v : p.shape.head_dim);
   float* partial = kRole == 0 ? buffers.partial_dv : buffers.partial_dk;
