@@ -255,6 +255,31 @@ Stats Arguments::output_stats(const char* name, const TensorView& view,
   return {view.data, view.stride[0]};
 }
 
+PagedRows Arguments::check_pages(const char* name, const TensorView& view, CacheLayout layout,
+                                 std::initializer_list<int64_t> shape) {
+  const int64_t* nhd = shape.begin();
+  if (layout == CacheLayout::kNhd) {
+    check_rows(name, view, dtype_, shape);
+    return {view.data, view.stride[0], view.stride[1], view.stride[2]};
+  }
+  check_rows(name, view, dtype_, {nhd[0], nhd[2], nhd[1], nhd[3]});
+  return {view.data, view.stride[0], view.stride[2], view.stride[1]};
+}
+
+PagedRows Arguments::input_pages(const char* name, const TensorView& view, CacheLayout layout,
+                                 std::initializer_list<int64_t> shape) {
+  const PagedRows pages = check_pages(name, view, layout, shape);
+  add_input(name, view);
+  return pages;
+}
+
+PagedRows Arguments::output_pages(const char* name, const TensorView& view, CacheLayout layout,
+                                  std::initializer_list<int64_t> shape) {
+  const PagedRows pages = check_pages(name, view, layout, shape);
+  add_output(name, view);
+  return pages;
+}
+
 Rows Arguments::input_gates(const char* name, const TensorView& view, int64_t tokens,
                             int64_t heads) {
   FSATTN_CHECK(view.defined(), kInvalidArgument, name, ": must be given, found none");

@@ -7,8 +7,9 @@
 
 #include "base/check.h"
 #include "base/dtype.h"
+#include "fsattn/paged.h"
 #include "fsattn/tensor.h"
-#include "params/common.h"
+#include "params/paged.h"
 
 namespace fsattn {
 
@@ -43,6 +44,13 @@ class Arguments {
   Stats input_stats(const char* name, const TensorView& view, std::initializer_list<int64_t> shape);
   Stats output_stats(const char* name, const TensorView& view,
                      std::initializer_list<int64_t> shape);
+
+  // Pages of a cache: [num_pages, page_size, heads, dim], or with heads before page_size (kHnd). `shape`
+  // is given in the order of kNhd.
+  PagedRows input_pages(const char* name, const TensorView& view, CacheLayout layout,
+                        std::initializer_list<int64_t> shape);
+  PagedRows output_pages(const char* name, const TensorView& view, CacheLayout layout,
+                         std::initializer_list<int64_t> shape);
 
   // Gates: [tokens, 3] or [tokens, heads, 3]; the head stride of the former is 0.
   Rows input_gates(const char* name, const TensorView& view, int64_t tokens, int64_t heads);
@@ -84,6 +92,8 @@ class Arguments {
   void check_gates(const char* name, const TensorView& view, std::initializer_list<int64_t> shape);
   void check_dense(const char* name, const TensorView& view, DType dtype, const char* dtype_rule,
                    std::initializer_list<int64_t> shape);
+  PagedRows check_pages(const char* name, const TensorView& view, CacheLayout layout,
+                        std::initializer_list<int64_t> shape);
   void add_input(const char* name, const TensorView& view);
   void add_output(const char* name, const TensorView& view);
 

@@ -1,9 +1,9 @@
 // The public functions: validate, plan, run. No arithmetic, no decisions.
 #include "fsattn/ops.h"
 
-#include <cstdint>
 #include <sstream>
 
+#include "api/call.h"
 #include "api/validate.h"
 #include "base/device.h"
 #include "base/log.h"
@@ -23,28 +23,11 @@ const Device& device_of(const Problem& problem) { return problem.device; }
 const Device& device_of(const NsaFwdProblem& problem) { return problem.gate.device; }
 const Device& device_of(const NsaBwdProblem& problem) { return problem.gate.device; }
 
-DeviceInfo describe_device(const Device& device) {
-  DeviceInfo info = query_device(device);
-  if (info.type == DeviceType::kCpu) info.name = cpu_instruction_set();
-  return info;
-}
-
 template <class ProblemType>
 auto plan_of(const ProblemType& problem) {
   const auto plan = make_plan(problem, describe_device(device_of(problem)));
   if (is_plan_logged()) log_once(to_string(problem) + "\n  -> " + to_string(plan));
   return plan;
-}
-
-void check_workspace(const Execution& execution, size_t wanted) {
-  if (wanted == 0) return;
-  FSATTN_CHECK(execution.workspace != nullptr, kInvalidArgument, "workspace: must have ", wanted,
-               " bytes, found none");
-  FSATTN_CHECK(execution.workspace_bytes >= wanted, kInvalidArgument, "workspace: must have ",
-               wanted, " bytes, found ", execution.workspace_bytes);
-  const uintptr_t past = reinterpret_cast<uintptr_t>(execution.workspace) % kWorkspaceAlignment;
-  FSATTN_CHECK(past == 0, kInvalidArgument, "workspace: must be ", kWorkspaceAlignment,
-               "-byte aligned, found an address ", past, " bytes past a multiple");
 }
 
 template <class Params>

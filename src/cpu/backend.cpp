@@ -5,6 +5,7 @@
 #include "cpu/compress_kv.h"
 #include "cpu/gate.h"
 #include "cpu/isa.h"
+#include "cpu/paged.h"
 #include "cpu/select_blocks.h"
 
 namespace fsattn::cpu {
@@ -24,6 +25,9 @@ const Backend& cpu_backend() {
       .window_attn_bwd = window_attn_bwd,
       .gate_fwd = gate_fwd,
       .gate_bwd = gate_bwd,
+      .paged_write = paged_write,
+      .paged_scatter = paged_scatter,
+      .paged_gather = paged_gather,
   };
   return backend;
 }

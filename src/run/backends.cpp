@@ -8,13 +8,13 @@
 
 namespace fsattn {
 
-const Backend& backend_of(const Plan& plan) {
-  if (plan.arch == Arch::kCpu) return cpu::cpu_backend();
+const Backend& backend_of(Arch arch) {
+  if (arch == Arch::kCpu) return cpu::cpu_backend();
 #ifdef FSATTN_WITH_CUDA
   return cuda_backend();
 #else
   // Plans for CUDA are only made for devices that query_device() found.
-  FSATTN_ASSERT(plan.arch == Arch::kCpu);
+  FSATTN_ASSERT(arch == Arch::kCpu);
   return cpu::cpu_backend();
 #endif
 }

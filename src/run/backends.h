@@ -6,7 +6,8 @@
 namespace fsattn {
 
 // The functions that carry out a plan.
-const Backend& backend_of(const Plan& plan);
+const Backend& backend_of(Arch arch);
+inline const Backend& backend_of(const Plan& plan) { return backend_of(plan.arch); }
 
 // The instruction set that the CPU backend uses. Throws when FSATTN_ISA names an impossible one.
 const char* cpu_instruction_set();
