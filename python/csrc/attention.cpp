@@ -1,6 +1,4 @@
 // The three attention branches.
-#include <string>
-
 #include "execute.h"
 #include "operators.h"
 
@@ -124,13 +122,7 @@ void selected_attention_fwd_out(const Tensor& q, const Tensor& k, const Tensor& 
   call.v = view("v", v);
   call.o = view("out", out);
   call.lse = view("lse", lse);
-  try {
-    execute(call, q);
-  } catch (const Error& error) {
-    // The library calls the output o, the caller of this operator calls it out.
-    const std::string text = error.what();
-    throw text.starts_with("o: ") ? Error(error.code(), "out" + text.substr(1)) : error;
-  }
+  execute_into_out(call, q);
 }
 
 Tensor3 selected_attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,

@@ -52,6 +52,17 @@ void execute(const Call& call, const Tensor& like) {
   run(call, execution.get());
 }
 
+// The same for operators whose output `o` is an argument that the caller knows as `out`.
+template <class Call>
+void execute_into_out(const Call& call, const Tensor& like) {
+  try {
+    execute(call, like);
+  } catch (const Error& error) {
+    const std::string text = error.what();
+    throw text.starts_with("o: ") ? Error(error.code(), "out" + text.substr(1)) : error;
+  }
+}
+
 // The boxed form of an operator's implementation, as the dispatcher calls it.
 template <auto kFunction>
 void boxed(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs) {

@@ -5,6 +5,7 @@
 
 #include "execute.h"
 #include "operators.h"
+#include "paged.h"
 
 namespace fsattn::torch_binding {
 
@@ -90,6 +91,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("gate_bwd", &boxed<&gate_bwd>);
   m.impl("native_sparse_attention_fwd", &boxed<&native_sparse_attention_fwd>);
   m.impl("native_sparse_attention_bwd", &boxed<&native_sparse_attention_bwd>);
+  implement_paged(m);
 }
 
 }  // namespace
@@ -97,6 +99,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY(fsattn, m) {
   define_blocks(m);
   define_attention(m);
+  define_paged(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fsattn, CPU, m) { implement(m); }

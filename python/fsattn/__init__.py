@@ -10,13 +10,17 @@ _fake.register()
 _autograd.register()
 
 from ._explain import explain  # noqa: E402
+from .cache import CacheFullError, CacheStep, PagedCache  # noqa: E402
 from .functional import (  # noqa: E402
     BlockIndex,
+    append_kv,
     build_block_index,
     compress_kv,
     compressed_attention,
     gate,
     native_sparse_attention,
+    paged_native_sparse_attention,
+    paged_selected_attention,
     select_blocks,
     selected_attention,
     window_attention,
@@ -28,16 +32,22 @@ __version__ = _library.version()
 
 __all__ = [
     "BlockIndex",
+    "CacheFullError",
+    "CacheStep",
     "FlashSparseAttention",
     "NativeSparseAttention",
+    "PagedCache",
     "RopeConfig",
     "__version__",
+    "append_kv",
     "build_block_index",
     "compress_kv",
     "compressed_attention",
     "explain",
     "gate",
     "native_sparse_attention",
+    "paged_native_sparse_attention",
+    "paged_selected_attention",
     "select_blocks",
     "selected_attention",
     "window_attention",

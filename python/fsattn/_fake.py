@@ -71,7 +71,7 @@ def _build_block_index(topk_idx, cu_q, cu_k, q_offset, max_q, max_k, total_k, bl
     return _int32(topk_idx, heads, num_slots + 1), _int32(topk_idx, heads, total_q * topk)
 
 
-def _selected_attention_fwd_out(*args):
+def _writes_to_its_arguments(*args):
     return None
 
 
@@ -124,7 +124,7 @@ _FAKES = {
     "select_blocks": _select_blocks,
     "build_block_index": _build_block_index,
     "selected_attention_fwd": _branch_fwd,
-    "selected_attention_fwd_out": _selected_attention_fwd_out,
+    "selected_attention_fwd_out": _writes_to_its_arguments,
     "selected_attention_bwd": _branch_bwd,
     "window_attention_fwd": _branch_fwd,
     "window_attention_bwd": _branch_bwd,
@@ -132,6 +132,9 @@ _FAKES = {
     "gate_bwd": _gate_bwd,
     "native_sparse_attention_fwd": _native_sparse_attention_fwd,
     "native_sparse_attention_bwd": _native_sparse_attention_bwd,
+    "append_kv": _writes_to_its_arguments,
+    "paged_native_sparse_attention_out": _writes_to_its_arguments,
+    "paged_selected_attention_out": _writes_to_its_arguments,
 }
 
 

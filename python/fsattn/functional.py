@@ -11,7 +11,8 @@ last query stands at the last key. A query that sees no key gets o = 0, lse = -i
 gradients. max_seqlen_* are upper bounds; without them the lengths are read on the CPU; on CUDA,
 where reading would synchronise, the number of tokens stands in.
 
-Everything is differentiable once, but for select_blocks and build_block_index. Errors: ValueError
+Everything is differentiable once, but for select_blocks, build_block_index and the paged cache
+(append_kv, paged_*), which serves inference. Errors: ValueError
 for a value that breaks a rule, TypeError for a wrong type, dtype or device, NotImplementedError for
 what this build and device have no kernel for. The symbols l, d, S, w of NSA, arXiv 2502.11089, are
 kernel_size, kernel_stride, block_size and window_size.
@@ -20,14 +21,18 @@ kernel_size, kernel_stride, block_size and window_size.
 from ._attention import compressed_attention, gate, selected_attention, window_attention
 from ._blocks import BlockIndex, build_block_index, compress_kv, select_blocks
 from ._native import native_sparse_attention
+from ._paged import append_kv, paged_native_sparse_attention, paged_selected_attention
 
 __all__ = [
     "BlockIndex",
+    "append_kv",
     "build_block_index",
     "compress_kv",
     "compressed_attention",
     "gate",
     "native_sparse_attention",
+    "paged_native_sparse_attention",
+    "paged_selected_attention",
     "select_blocks",
     "selected_attention",
     "window_attention",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from .cache import CacheStep
 from .rope import RopeConfig, RotaryEmbedding, rotate
 
 __all__ = ["FlashSparseAttention", "NativeSparseAttention"]
@@ -159,11 +160,13 @@ class NativeSparseAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cu_seqlens: Tensor,
+        cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         *,
         topk_idx: Tensor | None = None,
         return_topk_idx: bool = False,
+        cache: CacheStep | None = None,
+        layer: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attends within each sequence of a packed batch; differentiable in x and the parameters.
 
@@ -175,12 +178,19 @@ class NativeSparseAttention(nn.Module):
             topk_idx: int32 [num_kv_heads, total, topk]; replaces the selection (for instance by
                 that of another run). -1 stands for no block.
             return_topk_idx: return (y, topk_idx), the selected blocks of every query.
+            cache: a step of a fsattn.PagedCache with rope=True if this module rotates: x are the
+                new tokens of its sequences, which are stored and attend to everything stored. In
+                place of cu_seqlens and max_seqlen; without gradients.
+            layer: which layer of the cache this module is.
 
         Returns:
             y [total, hidden_size].
         """
         if x.dim() != 2 or x.shape[1] != self.hidden_size:
             raise ValueError(f"x: shape must be [total, {self.hidden_size}], found {list(x.shape)}")
+        if cache is not None:
+            given = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "topk_idx": topk_idx}
+            return self._forward_cached(x, cache, layer, return_topk_idx, given)
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
             found = getattr(cu_seqlens, "dtype", type(cu_seqlens).__name__)
             raise TypeError(f"cu_seqlens: must be a tensor of int32 or int64, found {found}")
@@ -209,6 +219,55 @@ class NativeSparseAttention(nn.Module):
             "max_seqlen_k": max_seqlen,
         }
         o, topk_idx = attend(q, k, v, k_cmp, v_cmp, self._gate_logits(x), topk_idx, lengths)
+        y = self.proj_o(o.flatten(1))
+        return (y, topk_idx) if return_topk_idx else y
+
+    def _forward_cached(
+        self, x: Tensor, cache: CacheStep, layer: int, return_topk_idx: bool, given: dict
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """forward() of new tokens whose sequences lie in a cache."""
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name}: must not be given with a cache")
+        if torch.is_grad_enabled():
+            raise ValueError("cache: has no gradients, use torch.no_grad() or inference_mode()")
+        if not self.shared_kv:
+            raise NotImplementedError("cache: needs shared_kv=True, one key and value a token")
+        if x.shape[0] != cache.positions.shape[0]:
+            raise ValueError(
+                f"x: must have the {cache.positions.shape[0]} tokens of the step, found "
+                f"{x.shape[0]}"
+            )
+        pages = cache.cache
+        found = (pages.kernel_size, pages.kernel_stride, pages.k_raw is not None)
+        if found != (self.kernel_size, self.kernel_stride, self.rope is not None):
+            raise ValueError(
+                f"cache: must have kernel_size={self.kernel_size}, kernel_stride="
+                f"{self.kernel_stride} and rope={self.rope is not None}, found {found}"
+            )
+        q = self.proj_q(x).unflatten(1, (self.num_q_heads, self.head_dim))
+        k = self._branches(self.proj_k(x), self.head_dim)[0]
+        v = self._branches(self.proj_v(x), self.head_dim_v)[0]
+        tables = None
+        if self.rope is not None:
+            tables = pages.rope_tables(self.rope, q.dtype)
+            q = rotate(q, *(table[cache.positions] for table in tables))
+        weights = (self.compress_key, self.compress_value, self.intra_block_pe)
+        weight_k, weight_v, pos_emb = (None if w is None else w.to(k.dtype) for w in weights)
+        cache.append(
+            *(k, v, layer),
+            rope=tables,
+            kind=self.compress,
+            weight_k=weight_k,
+            weight_v=weight_v,
+            pos_emb=pos_emb,
+        )
+        o = cache.attend(
+            *(q, self._gate_logits(x), layer),
+            return_topk_idx=return_topk_idx,
+            **self._options(*_SELECTION, "window_size"),
+        )
+        o, topk_idx = o if return_topk_idx else (o, None)
         y = self.proj_o(o.flatten(1))
         return (y, topk_idx) if return_topk_idx else y
 
