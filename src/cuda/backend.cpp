@@ -2,6 +2,8 @@
 
 #include "cuda/block_index/block_index.h"
 #include "cuda/compress_kv/compress_kv.h"
+#include "cuda/decode/decode.h"
+#include "cuda/decode/paged_copy.h"
 #include "cuda/dense_attn/dense_attn.h"
 #include "cuda/gate/gate.h"
 #include "cuda/select_blocks/select_blocks.h"
@@ -24,6 +26,11 @@ const Backend& cuda_backend() {
       .window_attn_bwd = launch_window_attn_bwd,
       .gate_fwd = launch_gate_fwd,
       .gate_bwd = launch_gate_bwd,
+      .paged_write = launch_paged_write,
+      .paged_scatter = launch_paged_scatter,
+      .paged_gather = launch_paged_gather,
+      .paged_attn = launch_paged_attn,
+      .paged_selected = launch_paged_selected,
   };
   return kBackend;
 }

@@ -1,11 +1,64 @@
 #include "plan/paged_cuda.h"
 
+#include <algorithm>
+
+#include "plan/paged_table.h"
+
 namespace fsattn {
+namespace {
 
-int find_paged_copy_row(DType /*dtype*/) { return -1; }
+// Why the fused attention does not serve a problem; null when it does.
+const char* refuse_decode(const PagedProblem& p, const DeviceInfo& device, int row) {
+  if (row < 0) return "no fused row for the dtype and head_dim";
+  if (p.max_q > kDecodeMaxQueries) return "more new tokens than the fused kernels take";
+  if (p.topk > kDecodeMaxTopk) return "more blocks than the fused kernels take";
+  constexpr size_t kStatic = 4096;  // shared memory that is not counted by the table
+  size_t smem = decode_smem(kDecodeTable[static_cast<size_t>(row)]);
+  if (p.op == PagedOp::kAttn) {
+    const int64_t blocks = ceil_div(p.max_k, p.block_size);
+    if (blocks > kDecodeMaxBlocks) return "more blocks in a sequence than the fused kernels rank";
+    const int64_t windows = p.kernel_size / p.kernel_stride + p.block_size / p.kernel_stride;
+    if (windows + 2 > kDecodeSelectKeys)
+      return "more windows over a block than the fused kernels take";
+    smem = std::max(smem, decode_select_smem(blocks));
+  }
+  if (smem + kStatic > device.smem_per_cta) return "the device has too little shared memory";
+  return nullptr;
+}
 
-PagedChoice choose_paged_fused(const PagedProblem& /*problem*/, const DeviceInfo& /*device*/) {
-  return {};
+PagedChoice choose_decode(const PagedProblem& p, const DeviceInfo& device) {
+  PagedChoice choice;
+  const int row = find_decode_row(p.dtype, p.head_dim, p.head_dim_v);
+  if (const char* refusal = refuse_decode(p, device, row)) {
+    choice.reason = refusal;
+    return choice;
+  }
+  const bool is_nsa = p.op == PagedOp::kAttn;
+  const int64_t max_cmp = is_nsa ? num_windows(p.max_k, p.kernel_size, p.kernel_stride) : 0;
+  choice.row = row;
+  choice.tuning.cmp_split = kDecodeSplit;
+  const DecodeSplits splits =
+      decode_splits(max_cmp, kDecodeSplit, p.block_size, p.topk, is_nsa ? p.window_size : 0);
+  choice.scratch_bytes =
+      static_cast<size_t>(decode_scratch(p.batch * p.num_heads_kv, p.max_q, p.group_size(),
+                                         p.head_dim_v, max_cmp, splits, is_nsa)
+                              .bytes);
+  choice.reason = "few new tokens a sequence";
+  return choice;
+}
+
+}  // namespace
+
+int find_paged_copy_row(DType dtype) {
+  for (std::size_t row = 0; row < kPagedCopyTable.size(); ++row) {
+    if (kPagedCopyTable[row].dtype == dtype) return static_cast<int>(row);
+  }
+  return -1;
+}
+
+PagedChoice choose_paged_fused(const PagedProblem& problem, const DeviceInfo& device) {
+  if (problem.op == PagedOp::kAppend) return {};
+  return choose_decode(problem, device);
 }
 
 }  // namespace fsattn

@@ -1,0 +1,81 @@
+// What the fused kernels over a paged cache are given, and where a sequence stands in it.
+#pragma once
+#include "cuda/device/band.h"
+#include "cuda/device/math.cuh"
+#include "params/paged.h"
+#include "plan/paged_table.h"
+
+namespace fsattn {
+
+struct DecodeArgs {
+  PagedPacking packing;
+  Rows q, o, gates;
+  Stats lse;  // of the selected branch where it is alone
+  PagedKvView cache, cmp;
+  device::Band cmp_band;
+  // Scratch memory: plan/paged_table.h.
+  float *scores, *cmp_o, *cmp_lse, *part_o, *part_lse;
+  int32_t* counters;
+  int64_t scores_pitch;
+  int32_t* topk_idx;  // [Hkv, total_q, topk] by strides
+  int64_t topk_head_stride, topk_token_stride;
+  int batch, heads_kv, group, max_q;
+  int head_dim, head_dim_v;
+  float softmax_scale;
+  int block_size, topk, init_blocks, local_blocks, window_size;
+  int cmp_split, cmp_splits;
+  int sel_entries, sel_splits, win_keys, win_splits, parts;
+  bool is_nsa;  // false: the selected branch alone
+  bool has_sigmoid, rounds_to_bf16;
+  GroupReduce group_reduce;
+};
+
+namespace device {
+
+// Rows of scores and partial results that a (sequence, KV head) owns.
+__device__ __forceinline__ int unit_rows(const DecodeArgs& p) { return p.max_q * p.group; }
+
+// A sequence of the batch. Lengths come from the device and are clamped to what exists.
+struct DecodeSequence {
+  int token;     // its first query
+  int num_q;     // queries
+  int position;  // of the first one; clamped far beyond any key
+  int num_keys;  // tokens, the new ones included
+  int num_cmp;   // compressed keys
+};
+
+__device__ __forceinline__ int num_cmp_keys(const DecodeArgs& p, int num_keys) {
+  if (!p.is_nsa) return 0;
+  const int64_t windows = p.cmp_band.last_key(num_keys - 1) + 1;
+  return static_cast<int>(min(windows, p.cmp.table.capacity()));
+}
+
+__device__ __forceinline__ DecodeSequence find_sequence(const DecodeArgs& p, int seq) {
+  const int total = static_cast<int>(p.packing.total_q);
+  const int begin = min(max(__ldg(p.packing.cu_q + seq), 0), total);
+  const int end = min(max(__ldg(p.packing.cu_q + seq + 1), begin), total);
+  const int before = max(__ldg(p.packing.cache_seqlens + seq), 0);
+  DecodeSequence s;
+  s.token = begin;
+  s.num_q = min(end - begin, p.max_q);
+  s.position = min(before, Band::kUnlimited);
+  s.num_keys =
+      static_cast<int>(min(static_cast<int64_t>(s.position) + (end - begin), p.packing.max_k));
+  s.num_cmp = num_cmp_keys(p, s.num_keys);
+  return s;
+}
+
+// Up to kDecodeRows queries that share their keys: rows [row, row + num_rows) of the unit. Row
+// i * G + g is query i of head g of the group.
+struct DecodeTile {
+  int seq, kv_head, unit;
+  int row, num_rows;
+};
+
+// The keys that one query sees: [first, last].
+struct KeyInterval {
+  int first, last;
+};
+
+}  // namespace device
+}  // namespace fsattn

@@ -1,0 +1,281 @@
+// Attention of 16 query rows over keys in pages: what a CTA of the decoding kernels does.
+//
+// Keys come in chunks of 16, all in one page. A warp takes every fourth chunk of the CTA's list and
+// runs on its own: it copies K and V of its chunks through a ring of its own, two chunks ahead, and
+// keeps a softmax and an output of its own. No warp waits for another until the four results are
+// combined at the end.
+#pragma once
+#include "cuda/decode/decode_args.cuh"
+#include "cuda/device/cache_hint_sm80.cuh"
+#include "cuda/device/softmax.cuh"
+#include "cuda/device/tile_sm80.cuh"
+
+namespace fsattn {
+
+inline constexpr int kDecodeChunk = 16;
+inline constexpr int kDecodeMaxChunks = static_cast<int>(kDecodeSplit) / kDecodeChunk;
+static_assert(kDecodeMaxChunks == device::kWarpSize);  // one lane builds one chunk
+
+template <DecodeConfig kConfig>
+struct DecodeTraits {
+  using Element = device::ElementOf<kConfig.dtype>;
+  static constexpr int kDim = kConfig.head_dim, kDimV = kConfig.head_dim_v;
+  static constexpr int kWarps = 4, kThreads = kWarps * device::kWarpSize;
+  static constexpr int kStages = decode_stages(kDim, kDimV);
+  static constexpr int kQBytes = device::tile_bytes<kDim>(static_cast<int>(kDecodeRows));
+  static constexpr int kKBytes = device::tile_bytes<kDim>(kDecodeChunk);
+  static constexpr int kVBytes = device::tile_bytes<kDimV>(kDecodeChunk);
+  static constexpr int kStageBytes = kKBytes + kVBytes;
+  static constexpr int kWarpBytes = kStages * kStageBytes;
+  static constexpr int kSmemBytes = kQBytes + kWarps * kWarpBytes;
+  static_assert(kSmemBytes == static_cast<int>(decode_smem(kConfig)));
+  // A warp's result in its ring; the padding spreads the rows over the banks.
+  static constexpr int kResultPitch = kDimV + 8;
+  static_assert(kDecodeRows * kResultPitch * 4 <= kWarpBytes);
+  static constexpr int kMinCtas = kSmemBytes <= 112 * 1024 ? 2 : 1;
+};
+
+namespace device {
+
+// 16 neighbouring keys of a sequence.
+struct KeyChunk {
+  int page;  // -1: not in the cache; they read as zeros
+  int row;   // of the first key in its page
+  int key;   // the first key's place in its sequence
+};
+
+// Shared by the CTA beside the dynamic shared memory.
+struct DecodeShared {
+  KeyChunk chunks[kDecodeMaxChunks];
+  float lse[4][kDecodeRows];
+  int num_chunks;
+};
+
+// The chunk that starts at `key`, a multiple of 16, so that it lies in one page.
+__device__ __forceinline__ KeyChunk find_chunk(const PageTable& table, int seq, int key) {
+  const int page_size = static_cast<int>(table.page_size);
+  const int slot = key / page_size;
+  int page = -1;
+  if (slot < table.max_pages) page = __ldg(table.pages + seq * table.seq_stride + slot);
+  if (page >= table.num_pages) page = -1;
+  return {max(page, -1), key - slot * page_size, key};
+}
+
+// One head of the keys and values in pages.
+template <class Element>
+struct PagedHead {
+  const Element *k, *v;
+  int64_t k_page, v_page, k_token, v_token;  // strides
+  int dim, dim_v;
+  int num_keys;  // keys at or behind it read as zeros
+};
+
+template <class Element>
+__device__ __forceinline__ PagedHead<Element> paged_head(const DecodeArgs& p,
+                                                         const PagedKvView& view, int kv_head,
+                                                         int num_keys) {
+  return {static_cast<const Element*>(view.k.data) + kv_head * view.k.head_stride,
+          static_cast<const Element*>(view.v.data) + kv_head * view.v.head_stride,
+          view.k.page_stride,
+          view.v.page_stride,
+          view.k.token_stride,
+          view.v.token_stride,
+          p.head_dim,
+          p.head_dim_v,
+          num_keys};
+}
+
+// Starts a warp's copy of 16 rows, of which `rows` exist.
+template <int kCols, class Element>
+__device__ __forceinline__ void copy_chunk(uint32_t tile, const Element* from, int64_t stride,
+                                           int rows, int cols, int lane, uint64_t policy) {
+  const int row = lane / 8, col = lane % 8 * 8;
+  const Element* src = from + row * stride + col;
+#pragma unroll
+  for (int i = 0; i < kDecodeChunk / 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < kCols / 64; ++j) {
+      const bool is_valid = row + 4 * i < rows && j * 64 + col < cols;
+      cp_async_16_zero_fill(tile + tile_offset<kCols>(row + 4 * i, lane % 8) + j * 128,
+                            src + j * 64, is_valid ? 16 : 0, policy);
+    }
+    src += 4 * stride;
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void load_chunk(const PagedHead<typename Traits::Element>& head,
+                                           const KeyChunk& chunk, uint32_t stage, int lane,
+                                           uint64_t policy) {
+  const int rows = chunk.page < 0 ? 0 : head.num_keys - chunk.key;
+  const int64_t page = max(chunk.page, 0);
+  copy_chunk<Traits::kDim>(stage, head.k + page * head.k_page + chunk.row * head.k_token,
+                           head.k_token, rows, head.dim, lane, policy);
+  copy_chunk<Traits::kDimV>(stage + Traits::kKBytes,
+                            head.v + page * head.v_page + chunk.row * head.v_token, head.v_token,
+                            rows, head.dim_v, lane, policy);
+}
+
+// Starts the CTA's copy of the tile's queries; rows that do not exist read as zero.
+template <class Traits>
+__device__ __forceinline__ void load_queries(const DecodeArgs& p, const DecodeTile& tile, int token,
+                                             uint32_t q_tile) {
+  using Element = typename Traits::Element;
+  const int thread = threadIdx.x, row = thread / 8, col = thread % 8 * 8;
+  const int at = tile.row + row, query = at / p.group, head = at - query * p.group;
+  const bool is_row = row < tile.num_rows;
+  const Element* from = static_cast<const Element*>(p.q.data) + col;
+  if (is_row) {
+    from += static_cast<int64_t>(token + query) * p.q.token_stride +
+            static_cast<int64_t>(tile.kv_head * p.group + head) * p.q.head_stride;
+  }
+  static_assert(Traits::kThreads == kDecodeRows * 8);
+#pragma unroll
+  for (int j = 0; j < Traits::kDim / 64; ++j) {
+    cp_async_16(q_tile + tile_offset<Traits::kDim>(row, thread % 8) + j * 128, from + j * 64,
+                is_row && j * 64 + col < p.head_dim);
+  }
+}
+
+// A lane's share of what its warp computed: rows lane / 4 and lane / 4 + 8.
+template <class Traits>
+struct DecodeResult {
+  float o[1][Traits::kDimV / 8][4];
+  float lse[2];
+};
+
+// Attends to the chunks in shared.chunks. The queries are on their way to q_tile. `seen`: what the
+// lane's two rows see. `on_scores(key, s)` is told the products q k of 16 keys.
+template <class Traits, class OnScores>
+__device__ __forceinline__ void attend(DecodeResult<Traits>& result, const DecodeShared& shared,
+                                       const PagedHead<typename Traits::Element>& head,
+                                       const KeyInterval (&seen)[2], float scale_log2,
+                                       uint32_t q_tile, uint64_t policy,
+                                       const OnScores& on_scores) {
+  using Element = typename Traits::Element;
+  constexpr int kStages = Traits::kStages;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const uint32_t ring = q_tile + Traits::kQBytes + warp * Traits::kWarpBytes;
+  const int num_chunks = shared.num_chunks;
+  cp_async_commit();
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    const int c = warp + s * Traits::kWarps;
+    if (c < num_chunks) {
+      load_chunk<Traits>(head, shared.chunks[c], ring + s * Traits::kStageBytes, lane, policy);
+    }
+    cp_async_commit();
+  }
+  cp_async_wait<kStages - 1>();
+  __syncthreads();  // the queries have landed
+
+  OnlineSoftmax<Element, 1> softmax;
+  softmax.init();
+#pragma unroll
+  for (int n = 0; n < Traits::kDimV / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) result.o[0][n][e] = 0.f;
+  }
+  int slot = 0, next = kStages - 1;  // stages of this chunk and of the one that is loaded
+  for (int c = warp; c < num_chunks; c += Traits::kWarps) {
+    cp_async_wait<kStages - 2>();
+    __syncwarp();  // the chunk has landed, and no lane reads the one before
+    const int ahead = c + (kStages - 1) * Traits::kWarps;
+    if (ahead < num_chunks) {
+      load_chunk<Traits>(head, shared.chunks[ahead], ring + next * Traits::kStageBytes, lane,
+                         policy);
+    }
+    cp_async_commit();
+    const uint32_t k_tile = ring + slot * Traits::kStageBytes;
+    float s[1][2][4] = {};
+    mma_a_bt<Element, Traits::kDim, Traits::kDim>(s, lane_rows16<Traits::kDim>(q_tile, lane),
+                                                  lane_rows8x2<Traits::kDim>(k_tile, lane));
+    const int key = shared.chunks[c].key;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int k = key + n * 8 + lane % 4 * 2 + e % 2;
+        if (k < seen[e / 2].first || k > seen[e / 2].last) s[0][n][e] = -INFINITY;
+      }
+    }
+    on_scores(key, s[0]);
+    uint32_t prob[1][2][2];
+    softmax.step(s, prob, result.o, scale_log2);
+    mma_p_b<Element, Traits::kDimV>(result.o, prob,
+                                    lane_rows16<Traits::kDimV>(k_tile + Traits::kKBytes, lane));
+    slot = slot + 1 == kStages ? 0 : slot + 1;
+    next = next + 1 == kStages ? 0 : next + 1;
+  }
+  softmax.finish(result.o, result.lse);
+}
+
+__device__ __forceinline__ void add_scaled(float4& sum, float scale, const float4& x) {
+  sum.x = fmaf(scale, x.x, sum.x);
+  sum.y = fmaf(scale, x.y, sum.y);
+  sum.z = fmaf(scale, x.z, sum.z);
+  sum.w = fmaf(scale, x.w, sum.w);
+}
+
+// Where a CTA leaves a partial result: fp32 rows.
+struct PartialRows {
+  float *o, *lse;
+  int64_t o_stride, lse_stride;
+};
+
+// Combines the results of the four warps. Every thread of the CTA calls it after attend().
+template <class Traits>
+__device__ __forceinline__ void write_partial(const DecodeResult<Traits>& result,
+                                              DecodeShared& shared, uint32_t q_tile,
+                                              unsigned char* smem, const PartialRows& out,
+                                              int num_rows, int dim_v) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const auto rows_of = [&](int w) {
+    return reinterpret_cast<float*>(smem + Traits::kQBytes + w * Traits::kWarpBytes);
+  };
+  cp_async_wait<0>();
+  __syncwarp();  // the lanes have read their last chunk
+#pragma unroll
+  for (int n = 0; n < Traits::kDimV / 8; ++n) {
+    float* at = rows_of(warp) + lane / 4 * Traits::kResultPitch + n * 8 + lane % 4 * 2;
+    const float(&x)[4] = result.o[0][n];
+    *reinterpret_cast<float2*>(at) = {x[0], x[1]};
+    *reinterpret_cast<float2*>(at + 8 * Traits::kResultPitch) = {x[2], x[3]};
+  }
+  if (lane % 4 == 0) {
+    shared.lse[warp][lane / 4] = result.lse[0];
+    shared.lse[warp][lane / 4 + 8] = result.lse[1];
+  }
+  __syncthreads();
+  constexpr int kQuads = Traits::kDimV / 4;
+  for (int i = threadIdx.x; i < num_rows * kQuads; i += Traits::kThreads) {
+    const int row = i / kQuads, col = i % kQuads * 4;
+    if (col >= dim_v) continue;
+    float top = shared.lse[0][row];
+#pragma unroll
+    for (int w = 1; w < Traits::kWarps; ++w) top = fmaxf(top, shared.lse[w][row]);
+    float weight[Traits::kWarps], total = 0.f;
+#pragma unroll
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      weight[w] = top == -INFINITY ? 0.f : exp2_approx((shared.lse[w][row] - top) * kLog2E);
+      total += weight[w];
+    }
+    if (top != -INFINITY) {
+      float4 sum{};
+#pragma unroll
+      for (int w = 0; w < Traits::kWarps; ++w) {
+        // Normalised before the sum, which then cannot leave the range of its terms.
+        add_scaled(sum, weight[w] / total,
+                   *reinterpret_cast<const float4*>(rows_of(w) + row * Traits::kResultPitch + col));
+      }
+      *reinterpret_cast<float4*>(out.o + row * out.o_stride + col) = sum;
+    }
+    if (col == 0) {
+      out.lse[row * out.lse_stride] =
+          top == -INFINITY ? -INFINITY : top + log2_approx(total) * kLn2;
+    }
+  }
+}
+
+}  // namespace device
+}  // namespace fsattn

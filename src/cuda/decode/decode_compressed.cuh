@@ -1,0 +1,151 @@
+// decode_compressed: compressed attention of a few new tokens a sequence, and its scores.
+//
+// Math     s = q K_c^T over the visible compressed keys of a split; o = softmax(scale s) V_c, lse.
+// Shapes   16 rows (query tokens x heads of a group) x kDecodeSplit compressed keys a work item.
+// Order    CTAs that stay: they take items in turn, so that a grid sized for the longest sequence that
+//          may come costs nothing while sequences are short, and long ones spread over all SMs.
+//          Items of one (sequence, head) are neighbours.
+// Memory   per item K_c and V_c once (256 KB at head_dim 128); writes 4 bytes a (row, key) of scores
+//          and an fp32 output row a split.
+// Bound    HBM. Two CTAs an SM keep 128 KB of copies in flight.
+// Numbers  scores, statistics, partial outputs fp32. A split's bits depend on its sequence alone.
+#pragma once
+#include "cuda/decode/decode_attend.cuh"
+#include "cuda/device/grid_dependency.cuh"
+#include "cuda/device/scan.cuh"
+
+namespace fsattn {
+namespace device {
+
+// Which item belongs to which sequence: thread t owns the sequences [t * per_thread, ...).
+template <int kThreads>
+struct ItemIndex {
+  int first[kThreads];  // item of the thread's first sequence
+  int warp_sums[kWarpSize];
+  int total;
+};
+
+__device__ __forceinline__ int num_items(const DecodeArgs& p, const DecodeSequence& s) {
+  const int tiles = ceil_div(s.num_q * p.group, static_cast<int>(kDecodeRows));
+  return ceil_div(s.num_cmp, p.cmp_split) * tiles * p.heads_kv;
+}
+
+template <int kThreads>
+__device__ __forceinline__ void build_item_index(const DecodeArgs& p, ItemIndex<kThreads>& index) {
+  const int per_thread = ceil_div(p.batch, kThreads), thread = threadIdx.x;
+  int count = 0;
+  for (int i = 0; i < per_thread; ++i) {
+    const int seq = thread * per_thread + i;
+    if (seq < p.batch) count += num_items(p, find_sequence(p, seq));
+  }
+  int total;
+  index.first[thread] = cta_exclusive_scan(count, index.warp_sums, total);
+  if (thread == 0) index.total = total;
+  __syncthreads();
+}
+
+struct CompressedItem {
+  DecodeSequence seq;
+  DecodeTile tile;
+  int split;
+};
+
+template <int kThreads>
+__device__ __forceinline__ CompressedItem find_item(const DecodeArgs& p,
+                                                    const ItemIndex<kThreads>& index, int item) {
+  int low = 0, high = kThreads;  // first[low] <= item < first[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (index.first[middle] <= item) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  int seq = low * ceil_div(p.batch, kThreads), rest = item - index.first[low];
+  CompressedItem found;
+  for (;; ++seq) {
+    found.seq = find_sequence(p, seq);
+    const int count = num_items(p, found.seq);
+    if (rest < count) break;
+    rest -= count;
+  }
+  const int rows = found.seq.num_q * p.group;
+  const int tiles = ceil_div(rows, static_cast<int>(kDecodeRows));
+  const int tile = rest % tiles, splits = ceil_div(found.seq.num_cmp, p.cmp_split);
+  rest /= tiles;
+  const int head = rest / splits;
+  found.split = rest - head * splits;
+  const int row = tile * static_cast<int>(kDecodeRows);
+  found.tile = {seq, head, seq * p.heads_kv + head, row,
+                min(rows - row, static_cast<int>(kDecodeRows))};
+  return found;
+}
+
+}  // namespace device
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
+    decode_compressed_kernel(const __grid_constant__ DecodeArgs p) {
+  using namespace device;
+  extern __shared__ __align__(1024) unsigned char smem[];
+  __shared__ DecodeShared shared;
+  __shared__ ItemIndex<Traits::kThreads> index;
+  allow_next_kernel();
+  const int thread = threadIdx.x, lane = thread % kWarpSize;
+  const uint32_t q_tile = smem_address(smem);
+  const uint64_t policy = l2_evict_first();
+  for (int i = blockIdx.x * Traits::kThreads + thread; i < p.batch * p.heads_kv * p.max_q;
+       i += gridDim.x * Traits::kThreads) {
+    p.counters[i] = 0;
+  }
+  build_item_index(p, index);
+
+  for (int item = blockIdx.x; item < index.total; item += gridDim.x) {
+    const CompressedItem work = find_item(p, index, item);
+    const DecodeTile& tile = work.tile;
+    const int first_key = work.split * p.cmp_split;
+    const int keys = min(work.seq.num_cmp - first_key, p.cmp_split);
+    load_queries<Traits>(p, tile, work.seq.token, q_tile);
+    if (thread < kDecodeMaxChunks && thread * kDecodeChunk < keys) {
+      shared.chunks[thread] = find_chunk(p.cmp.table, tile.seq, first_key + thread * kDecodeChunk);
+    }
+    if (thread == 0) shared.num_chunks = ceil_div(keys, kDecodeChunk);
+    __syncthreads();
+    KeyInterval seen[2];
+    float* scores[2];
+    const int64_t unit_row = static_cast<int64_t>(tile.unit) * unit_rows(p) + tile.row;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = lane / 4 + 8 * i;
+      const int query = (tile.row + row) / p.group;
+      seen[i] = {0, p.cmp_band.last_key(work.seq.position + query)};
+      if (seen[i].last >= work.seq.num_cmp) seen[i].last = work.seq.num_cmp - 1;
+      scores[i] = row < tile.num_rows ? p.scores + (unit_row + row) * p.scores_pitch : nullptr;
+    }
+    const auto keep_scores = [&](int key, const float(&s)[2][4]) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (scores[i] == nullptr) continue;
+          *reinterpret_cast<float2*>(scores[i] + key + n * 8 + lane % 4 * 2) = {s[n][2 * i],
+                                                                                s[n][2 * i + 1]};
+        }
+      }
+    };
+    DecodeResult<Traits> result;
+    const auto head =
+        paged_head<typename Traits::Element>(p, p.cmp, tile.kv_head, work.seq.num_cmp);
+    attend(result, shared, head, seen, p.softmax_scale * kLog2E, q_tile, policy, keep_scores);
+    const int64_t first_row =
+        (static_cast<int64_t>(tile.unit) * p.cmp_splits + work.split) * unit_rows(p) + tile.row;
+    write_partial(
+        result, shared, q_tile, smem,
+        PartialRows{p.cmp_o + first_row * p.head_dim_v, p.cmp_lse + first_row, p.head_dim_v, 1},
+        tile.num_rows, p.head_dim_v);
+    __syncthreads();  // the next item reuses the memory
+  }
+}
+
+}  // namespace fsattn

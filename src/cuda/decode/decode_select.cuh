@@ -1,0 +1,266 @@
+// decode_select: the blocks of one query from the scores that decode_compressed left behind.
+//
+// Math     as select_blocks: p = exp(scale s - lse) summed over the heads of the group, block score =
+//          sum of p * overlap / d, forced blocks, the topk best, ties to the lowest index, ascending.
+// Tiles    one CTA per (sequence, KV head, query). Windows in steps of kDecodeSelectKeys through shared
+//          memory, the scores of all blocks that compete in shared memory.
+// Ranking  the bits of the worst score that is taken are found from the top, two at a time, by counting
+//          over the CTA; equal scores are taken in the order of their index. Exact and deterministic.
+// Bound    latency: scores from L2, then 5 to 16 rounds of counting.
+#pragma once
+#include "cuda/decode/decode_args.cuh"
+#include "cuda/device/element.cuh"
+#include "cuda/device/grid_dependency.cuh"
+#include "cuda/device/scan.cuh"
+
+namespace fsattn {
+
+inline constexpr int kDecodeSelectThreads = 512;
+namespace device {
+
+// Where the competition of one query takes place: as SelectRow of select_blocks.
+struct Competition {
+  int num_blocks;  // that the query may select
+  int num_init;    // blocks 0 .. num_init - 1 are taken
+  int count;       // blocks num_init .. num_init + count - 1 compete
+  int num_local;   // the last ones are taken
+  int room;        // blocks that the ranking may take
+};
+
+__device__ __forceinline__ Competition find_competition(const DecodeArgs& p, int position,
+                                                        int num_keys) {
+  const int query_block = position / p.block_size;
+  Competition c;
+  c.num_blocks = min(query_block + 1, ceil_div(num_keys, p.block_size));
+  c.num_init = min(min(p.init_blocks, c.num_blocks), p.topk);
+  const int local_begin = min(max(query_block + 1 - p.local_blocks, c.num_init), c.num_blocks);
+  c.count = local_begin - c.num_init;
+  c.num_local = min(c.num_blocks - local_begin, p.topk - c.num_init);
+  c.room = p.topk - c.num_init - c.num_local;
+  return c;
+}
+
+// The lse of each head over all splits, by one warp a head.
+__device__ __forceinline__ void combine_lse(const DecodeArgs& p, int64_t unit, int row, int splits,
+                                            float* lse_log2) {
+  const int lane = threadIdx.x % kWarpSize;
+  for (int g = threadIdx.x / kWarpSize; g < p.group; g += kDecodeSelectThreads / kWarpSize) {
+    const float* from = p.cmp_lse + unit * p.cmp_splits * unit_rows(p) + row + g;
+    float top = -INFINITY, sum = 0.f;
+    for (int s = lane; s < splits; s += kWarpSize)
+      top = fmaxf(top, __ldcg(from + s * unit_rows(p)));
+    for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, d));
+    for (int s = lane; s < splits; s += kWarpSize) {
+      const float lse = __ldcg(from + s * unit_rows(p));
+      sum += top == -INFINITY ? 0.f : exp2_approx((lse - top) * kLog2E);
+    }
+    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kFullMask, sum, d);
+    if (lane == 0) lse_log2[g] = top == -INFINITY ? -INFINITY : fmaf(top, kLog2E, log2_approx(sum));
+  }
+}
+
+// Probability of four windows, over the heads of the group as group_reduce says.
+__device__ __forceinline__ float4 group_probability(const DecodeArgs& p, const float* scores,
+                                                    const float* lse_log2) {
+  const float scale = p.softmax_scale * kLog2E;
+  const int heads = p.group_reduce == GroupReduce::kFirstHead ? 1 : p.group;
+  const bool takes_max = p.group_reduce == GroupReduce::kMax;
+  float4 sum{};
+#pragma unroll 4
+  for (int g = 0; g < heads; ++g) {
+    const float4 s = __ldcg(reinterpret_cast<const float4*>(scores + g * p.scores_pitch));
+    const float4 x{
+        exp2_approx(fmaf(s.x, scale, -lse_log2[g])), exp2_approx(fmaf(s.y, scale, -lse_log2[g])),
+        exp2_approx(fmaf(s.z, scale, -lse_log2[g])), exp2_approx(fmaf(s.w, scale, -lse_log2[g]))};
+    sum = takes_max
+              ? float4{fmaxf(sum.x, x.x), fmaxf(sum.y, x.y), fmaxf(sum.z, x.z), fmaxf(sum.w, x.w)}
+              : float4{sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+  }
+  return sum;
+}
+
+// Score of the block whose first window is `first`; window w is prob[w - origin].
+__device__ __forceinline__ float pool_block(const float* prob, int origin, int first, int end,
+                                            int overlap, int per_block) {
+  const auto at = [&](int w) { return w >= 0 && w < end ? prob[w - origin] : 0.f; };
+  if (overlap == 2 && per_block == 4) {
+    float sum = at(first - 1) + 2.f * at(first);
+    sum = fmaf(2.f, at(first + 1), sum);
+    sum = fmaf(2.f, at(first + 2), sum);
+    return sum + at(first + 3);
+  }
+  const int count = overlap + per_block - 1, most = min(overlap, per_block);
+  float sum = 0.f;
+  for (int o = 0; o < count; ++o) {
+    const int weight = min(min(o + 1, count - o), most);
+    sum = fmaf(static_cast<float>(weight), at(first - (overlap - 1) + o), sum);
+  }
+  return sum;
+}
+
+// Scores of the competing blocks as integers in score order; 0 ranks below every score.
+__device__ __forceinline__ void score_blocks(const DecodeArgs& p, const Competition& c,
+                                             const float* scores, const float* lse_log2,
+                                             int visible, float* prob, uint32_t* score) {
+  const int overlap = p.cmp_band.size / p.cmp_band.stride;
+  const int per_block = p.block_size / p.cmp_band.stride;
+  const int step = (static_cast<int>(kDecodeSelectKeys) - (overlap - 1) - 3) / per_block;
+  for (int base = 0; base < c.count; base += step) {
+    const int blocks = min(step, c.count - base), first = (c.num_init + base) * per_block;
+    const int origin = max(first - (overlap - 1), 0) & ~3;
+    const int end = min(first + blocks * per_block, visible);
+    for (int w = origin + static_cast<int>(threadIdx.x) * 4; w < end;
+         w += kDecodeSelectThreads * 4) {
+      *reinterpret_cast<float4*>(prob + w - origin) = group_probability(p, scores + w, lse_log2);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < blocks; i += kDecodeSelectThreads) {
+      float sum = pool_block(prob, origin, first + i * per_block, end, overlap, per_block);
+      if (p.rounds_to_bf16) sum = __bfloat162float(__float2bfloat16_rn(sum));
+      score[base + i] = __float_as_uint(sum) + 1;
+    }
+    __syncthreads();
+  }
+}
+
+// Adds two 32-bit numbers of every thread over the CTA. `sums` holds two rounds of one pair a warp.
+__device__ __forceinline__ uint2 add_over_cta(uint2 x, uint2* sums, int round) {
+  constexpr int kWarps = kDecodeSelectThreads / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  uint2* mine = sums + round % 2 * kWarps;
+  x.x = __reduce_add_sync(kFullMask, x.x);
+  x.y = __reduce_add_sync(kFullMask, x.y);
+  if (lane == 0) mine[warp] = x;
+  __syncthreads();
+  const uint2 part = lane < kWarps ? mine[lane] : uint2{};
+  return {__reduce_add_sync(kFullMask, part.x), __reduce_add_sync(kFullMask, part.y)};
+}
+
+// The largest number that at least `room` of the scores reach; with fewer scores than that, 0.
+__device__ __forceinline__ uint32_t find_threshold(const uint32_t* score, int count, int room,
+                                                   uint2* sums) {
+  constexpr int kHeld = 4;  // scores of a thread in registers
+  if (count <= room) return 0;
+  uint32_t held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = threadIdx.x + i * kDecodeSelectThreads;
+    held[i] = at < count ? score[at] : 0;
+  }
+  uint32_t threshold = 0;
+  for (int shift = 30, round = 0; shift >= 0; shift -= 2, ++round) {
+    const uint32_t low = threshold | 1u << shift, mid = threshold | 2u << shift,
+                   high = threshold | 3u << shift;
+    uint2 reach{};  // low and mid in 16 bits each, high
+    const auto tally = [&](uint32_t s) {
+      reach.x += (s >= low ? 1u : 0u) + (s >= mid ? 1u << 16 : 0u);
+      reach.y += s >= high ? 1u : 0u;
+    };
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) tally(held[i]);
+    for (int at = threadIdx.x + kHeld * kDecodeSelectThreads; at < count;
+         at += kDecodeSelectThreads) {
+      tally(score[at]);
+    }
+    reach = add_over_cta(reach, sums, round);
+    const int at_low = reach.x & 0xffff, at_mid = reach.x >> 16, at_high = reach.y;
+    int reached = -1;
+    if (at_high >= room) {
+      threshold = high;
+      reached = at_high;
+    } else if (at_mid >= room) {
+      threshold = mid;
+      reached = at_mid;
+    } else if (at_low >= room) {
+      threshold = low;
+      reached = at_low;
+    }
+    if (reached == room) break;
+  }
+  return threshold;
+}
+
+// Writes the blocks above the threshold and the first ones at it, ascending. `masks` holds two words
+// for every 32 blocks.
+__device__ __forceinline__ void write_winners(const uint32_t* score, const Competition& c,
+                                              uint32_t threshold, uint2* masks, int32_t* out) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int words = ceil_div(c.count, kWarpSize);
+  for (int w = warp; w < words; w += kDecodeSelectThreads / kWarpSize) {
+    const int at = w * kWarpSize + lane;
+    const uint32_t s = at < c.count ? score[at] : 0;
+    const unsigned above = __ballot_sync(kFullMask, s > threshold);
+    const unsigned equal = __ballot_sync(kFullMask, s == threshold && threshold > 0);
+    if (lane == 0) masks[w] = {above, equal};
+  }
+  __syncthreads();
+  if (warp != 0) return;
+  const int per_lane = ceil_div(words, kWarpSize);
+  const int begin = min(lane * per_lane, words), end = min(begin + per_lane, words);
+  int above = 0, equal = 0;
+  for (int w = begin; w < end; ++w) {
+    above += __popc(masks[w].x);
+    equal += __popc(masks[w].y);
+  }
+  const int above_to = warp_inclusive_scan(above, lane);
+  int equal_before = warp_inclusive_scan(equal, lane) - equal;
+  int above_before = above_to - above;
+  const int ties = c.room - __shfl_sync(kFullMask, above_to, kWarpSize - 1);
+  for (int w = begin; w < end; ++w) {
+    const uint2 mask = masks[w];
+    for (unsigned left = mask.x | mask.y; left != 0; left &= left - 1) {
+      const int bit = __ffs(left) - 1;
+      const bool is_tie = mask.y >> bit & 1;
+      if (!is_tie || equal_before < ties) {
+        out[c.num_init + above_before + min(equal_before, ties)] = c.num_init + w * kWarpSize + bit;
+      }
+      (is_tie ? equal_before : above_before) += 1;
+    }
+  }
+}
+
+}  // namespace device
+
+// A template, so that the rows that launch it share one.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads, 2)
+    decode_select_kernel(const __grid_constant__ DecodeArgs p) {
+  using namespace device;
+  static_assert(kThreads == kDecodeSelectThreads);
+  extern __shared__ __align__(16) float prob[];
+  __shared__ float lse_log2[64];
+  __shared__ uint2 sums[2 * kDecodeSelectThreads / kWarpSize];
+  wait_for_previous_kernel();
+  // The next kernel starts now: it has work that needs the compressed branch alone.
+  allow_next_kernel();
+  const int unit = blockIdx.x / p.max_q, query = blockIdx.x - unit * p.max_q;
+  const int seq = unit / p.heads_kv, kv_head = unit - seq * p.heads_kv;
+  const DecodeSequence s = find_sequence(p, seq);
+  if (query >= s.num_q) return;
+  const int position = s.position + query, row = query * p.group;
+  const Competition c = find_competition(p, position, s.num_keys);
+  int32_t* out = p.topk_idx + kv_head * p.topk_head_stride +
+                 static_cast<int64_t>(s.token + query) * p.topk_token_stride;
+  const int ranked = min(c.room, c.count), total = c.num_init + ranked + c.num_local;
+  for (int i = threadIdx.x; i < p.topk; i += kDecodeSelectThreads) {
+    if (i < c.num_init) out[i] = i;
+    if (i >= c.num_init + ranked) out[i] = i < total ? c.num_blocks - (total - i) : -1;
+  }
+  if (ranked == 0) return;
+  uint32_t* score = reinterpret_cast<uint32_t*>(prob + kDecodeSelectKeys);
+  if (c.count > c.room) {
+    combine_lse(p, unit, row, ceil_div(s.num_cmp, p.cmp_split), lse_log2);
+    __syncthreads();
+    const float* scores =
+        p.scores + (static_cast<int64_t>(unit) * unit_rows(p) + row) * p.scores_pitch;
+    const int visible = min(p.cmp_band.last_key(position) + 1, s.num_cmp);
+    score_blocks(p, c, scores, lse_log2, visible, prob, score);
+  } else {
+    for (int i = threadIdx.x; i < c.count; i += kDecodeSelectThreads) score[i] = 1;
+    __syncthreads();
+  }
+  const uint32_t threshold = find_threshold(score, c.count, c.room, sums);
+  write_winners(score, c, threshold, reinterpret_cast<uint2*>(prob), out);
+}
+
+}  // namespace fsattn

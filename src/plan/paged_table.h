@@ -1,0 +1,147 @@
+// Compiled kernels over a paged cache and the memory that the fused ones share. Measurements:
+// docs/kernels/decode.md.
+#pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "base/dtype.h"
+#include "base/math.h"
+
+namespace fsattn {
+
+// A row serves head dims up to its own: smaller ones are padded with zeros in shared memory.
+struct DecodeConfig {
+  Arch arch;
+  DType dtype;
+  int head_dim;
+  int head_dim_v;
+};
+
+// Columns: arch, dtype, head_dim, head_dim_v. The first row that fits wins.
+inline constexpr std::array kDecodeTable{
+    DecodeConfig{Arch::kSm80, DType::kBFloat16, 64,  64 },
+    DecodeConfig{Arch::kSm80, DType::kBFloat16, 128, 128},
+    DecodeConfig{Arch::kSm80, DType::kBFloat16, 192, 128},
+    DecodeConfig{Arch::kSm80, DType::kBFloat16, 256, 256},
+    DecodeConfig{Arch::kSm80, DType::kFloat16,  64,  64 },
+    DecodeConfig{Arch::kSm80, DType::kFloat16,  128, 128},
+    DecodeConfig{Arch::kSm80, DType::kFloat16,  192, 128},
+    DecodeConfig{Arch::kSm80, DType::kFloat16,  256, 256},
+};
+
+constexpr int find_decode_row(DType dtype, int64_t head_dim, int64_t head_dim_v) {
+  for (std::size_t row = 0; row < kDecodeTable.size(); ++row) {
+    const DecodeConfig& config = kDecodeTable[row];
+    if (config.dtype == dtype && config.head_dim >= head_dim && config.head_dim_v >= head_dim_v) {
+      return static_cast<int>(row);
+    }
+  }
+  return -1;
+}
+
+// The copies between packed tensors and pages.
+struct PagedCopyConfig {
+  Arch arch;
+  DType dtype;
+};
+
+inline constexpr std::array kPagedCopyTable{
+    PagedCopyConfig{Arch::kSm80, DType::kBFloat16},
+    PagedCopyConfig{Arch::kSm80, DType::kFloat16 },
+};
+
+// A CTA takes 16 rows of queries (tokens x heads of a group) and up to kDecodeSplit keys. Where a
+// sequence is split depends on its own length alone.
+inline constexpr int64_t kDecodeRows = 16;
+inline constexpr int64_t kDecodeSplit = 512;
+inline constexpr int64_t kDecodeMaxQueries = 8;
+inline constexpr int64_t kDecodeMaxTopk = 128;
+inline constexpr int64_t kDecodeMaxBlocks =
+    32768;  // of a sequence: their scores lie in shared memory
+
+// Shared memory of a CTA: 16 queries, and for each of four warps a ring of chunks of 16 keys.
+constexpr int decode_stages(int head_dim, int head_dim_v) {
+  return head_dim + head_dim_v <= 320 ? 3 : 2;
+}
+constexpr size_t decode_smem(const DecodeConfig& c) {
+  const int stages = decode_stages(c.head_dim, c.head_dim_v);
+  return static_cast<size_t>(kDecodeRows * 2 *
+                             (c.head_dim + 4 * stages * (c.head_dim + c.head_dim_v)));
+}
+
+// The selection keeps the windows of a step and the scores of all blocks in shared memory.
+inline constexpr int64_t kDecodeSelectKeys = 4096;
+constexpr size_t decode_select_smem(int64_t max_blocks) {
+  return static_cast<size_t>(kDecodeSelectKeys + round_up(max_blocks, int64_t{32})) * 4;
+}
+
+// What a fused call is cut into.
+struct DecodeSplits {
+  int64_t cmp;          // splits of the compressed keys of the longest sequence
+  int64_t sel;          // splits of the selected blocks of a query
+  int64_t sel_entries;  // entries of topk_idx in one of them
+  int64_t win;          // splits of the window
+  int64_t win_keys;     // keys of one of them
+};
+
+// About 256 keys a split: fewer cost more partial results than they gain parallelism.
+constexpr DecodeSplits decode_splits(int64_t max_cmp, int64_t cmp_split, int64_t block_size,
+                                     int64_t topk, int64_t window_size) {
+  DecodeSplits s{};
+  s.cmp = ceil_div(max_cmp, cmp_split);
+  s.sel_entries = block_size >= 256 ? 1 : 256 / block_size;
+  s.sel = ceil_div(topk, s.sel_entries);
+  // The queries of one call reach over kDecodeMaxQueries - 1 keys more, and a split starts at a
+  // multiple of 16.
+  const int64_t reach = window_size + kDecodeMaxQueries + 15;
+  s.win = ceil_div(reach, int64_t{288});
+  s.win_keys = round_up(ceil_div(reach, s.win), int64_t{16});
+  return s;
+}
+
+// Scratch memory of a fused call. Offsets count bytes. A unit is a (sequence, KV head); its rows are
+// max_q * G queries.
+struct DecodeScratch {
+  int64_t scores;    // fp32 [units, rows, scores_pitch], q k without the softmax scale
+  int64_t cmp_o;     // fp32 [units, splits.cmp, rows, Dv]
+  int64_t cmp_lse;   // fp32 [units, splits.cmp, rows], natural logarithm
+  int64_t part_o;    // fp32 [units, rows, parts, Dv]: compressed, window splits, selected splits
+  int64_t part_lse;  // fp32 [units, rows, parts]
+  int64_t counters;  // int32 [units, max_q]: CTAs that have finished
+  int64_t scores_pitch;
+  int64_t parts;
+  int64_t bytes;
+};
+
+// Without compression and window (max_cmp and splits.win 0) the selected branch is alone.
+constexpr DecodeScratch decode_scratch(int64_t units, int64_t max_q, int64_t group_size,
+                                       int64_t head_dim_v, int64_t max_cmp,
+                                       const DecodeSplits& splits, bool is_nsa) {
+  const int64_t rows = units * max_q * group_size;
+  int64_t at = 0;
+  const auto take = [&at](int64_t bytes) {
+    const int64_t offset = at;
+    at += round_up(bytes, int64_t{256});
+    return offset;
+  };
+  DecodeScratch s{};
+  s.scores_pitch = round_up(max_cmp, int64_t{16});
+  s.parts = splits.sel + (is_nsa ? 1 + splits.win : 0);
+  s.scores = take(is_nsa ? rows * s.scores_pitch * 4 : 0);
+  s.cmp_o = take(is_nsa ? rows * splits.cmp * head_dim_v * 4 : 0);
+  s.cmp_lse = take(is_nsa ? rows * splits.cmp * 4 : 0);
+  s.part_o = take(rows * s.parts * head_dim_v * 4);
+  s.part_lse = take(rows * s.parts * 4);
+  s.counters = take(units * max_q * 4);
+  s.bytes = at;
+  return s;
+}
+
+static_assert(find_decode_row(DType::kBFloat16, 96, 96) == 1);
+static_assert(find_decode_row(DType::kFloat16, 192, 192) == 7);
+static_assert(find_decode_row(DType::kFloat32, 64, 64) == -1);
+static_assert(decode_splits(4096, kDecodeSplit, 64, 16, 512).sel == 4);
+static_assert(decode_splits(4096, kDecodeSplit, 64, 16, 512).win == 2);
+
+}  // namespace fsattn
