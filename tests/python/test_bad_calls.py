@@ -28,7 +28,7 @@ def _tensor(*shape):
     return randn(*shape, dtype=F32)
 
 
-def _valid(op):
+def valid_call(op):
     """Keyword arguments of a correct call."""
     seq = {"cu_seqlens_q": CU, "cu_seqlens_k": CU}
     qkv = {"q": _tensor(TOKENS, 4, 16), "k": _tensor(TOKENS, 2, 16), "v": _tensor(TOKENS, 2, 24)}
@@ -220,7 +220,7 @@ BAD = [
 ]  # fmt: skip
 
 
-def _label(row):
+def label(row):
     op, changes, *_ = row
     parts = []
     for name, value in changes.items():
@@ -234,14 +234,14 @@ def _label(row):
 
 @pytest.mark.parametrize("op", [SEL, WIN, IDX, CMP, ATT, PICK, GATE, NSA])
 def test_the_unchanged_call_is_valid(op):
-    getattr(fsattn, op)(**_valid(op))
+    getattr(fsattn, op)(**valid_call(op))
 
 
-@pytest.mark.parametrize("row", BAD, ids=[_label(row) for row in BAD])
+@pytest.mark.parametrize("row", BAD, ids=[label(row) for row in BAD])
 def test_bad_call(row):
     op, changes, exception, pattern = row
     with pytest.raises(exception, match=pattern) as caught:
-        getattr(fsattn, op)(**{**_valid(op), **changes})
+        getattr(fsattn, op)(**{**valid_call(op), **changes})
     assert type(caught.value) is exception
 
 
@@ -253,7 +253,7 @@ def test_the_table_is_long_enough():
 @pytest.mark.parametrize("argument", ["k", "v", "topk_idx", "cu_seqlens_q", "cu_seqlens_k"])
 def test_mixed_devices(argument, device):
     """One argument left on the CPU."""
-    arguments = _valid(SEL)
+    arguments = valid_call(SEL)
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor) and name != argument:
             value = value.to(device)
@@ -269,7 +269,7 @@ def test_mixed_devices(argument, device):
 def test_cuda_serves_16_bit_only(dtype, device):
     arguments = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in _valid(WIN).items()
+        for name, value in valid_call(WIN).items()
     }
     for name in ("q", "k", "v"):
         arguments[name] = arguments[name].to(dtype)
@@ -279,12 +279,12 @@ def test_cuda_serves_16_bit_only(dtype, device):
 
 def test_unknown_keyword():
     with pytest.raises(TypeError, match="blocksize"):
-        fsattn.selected_attention(**_valid(SEL), blocksize=3)
+        fsattn.selected_attention(**valid_call(SEL), blocksize=3)
 
 
 def test_block_index_of_another_call():
     """An index whose shape does not fit is refused."""
-    arguments = _valid(SEL)
+    arguments = valid_call(SEL)
     for index in [(_int32(0), _int32(0)), (torch.zeros(2, 3, dtype=torch.int32),) * 2]:
         with pytest.raises((ValueError, TypeError), match=r"block_(index|start|entry)"):
             fsattn.selected_attention(**arguments, block_index=index)
@@ -309,7 +309,7 @@ def test_wrong_gradient_shape_is_refused():
 
     PyTorch turns every exception of an operator that is called directly into a RuntimeError.
     """
-    a = _valid(SEL)
+    a = valid_call(SEL)
     o, lse = fsattn.selected_attention(**a, return_lse=True)
     call = torch.ops.fsattn.selected_attention_bwd
     tail = (None, None, CU, CU, None, 40, 40, 32, 0.25, 1 << 30)
@@ -326,6 +326,6 @@ def test_wrong_gradient_shape_is_refused():
 def test_a_refused_call_leaves_the_library_usable():
     for op, changes, exception, _ in BAD[:20]:
         with pytest.raises(exception):
-            getattr(fsattn, op)(**{**_valid(op), **changes})
+            getattr(fsattn, op)(**{**valid_call(op), **changes})
     for op in (SEL, WIN, CMP, ATT, PICK, GATE):
-        getattr(fsattn, op)(**_valid(op))
+        getattr(fsattn, op)(**valid_call(op))
