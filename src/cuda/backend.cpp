@@ -3,6 +3,7 @@
 #include "cuda/block_index/block_index.h"
 #include "cuda/compress_kv/compress_kv.h"
 #include "cuda/decode/decode.h"
+#include "cuda/decode/paged_append.h"
 #include "cuda/decode/paged_copy.h"
 #include "cuda/dense_attn/dense_attn.h"
 #include "cuda/gate/gate.h"
@@ -29,6 +30,7 @@ const Backend& cuda_backend() {
       .paged_write = launch_paged_write,
       .paged_scatter = launch_paged_scatter,
       .paged_gather = launch_paged_gather,
+      .paged_append = launch_paged_append,
       .paged_attn = launch_paged_attn,
       .paged_selected = launch_paged_selected,
   };

@@ -47,6 +47,25 @@ PagedChoice choose_decode(const PagedProblem& p, const DeviceInfo& device) {
   return choice;
 }
 
+PagedChoice choose_append(const PagedProblem& p, const DeviceInfo& device) {
+  PagedChoice choice;
+  if (p.max_q > kDecodeMaxQueries) {
+    choice.reason = "more new tokens than the fused kernels take";
+    return choice;
+  }
+  constexpr size_t kStatic = 8192;  // shared memory beside the window
+  const bool has_linear = p.cmp_page_size > 0 && p.compress_kind == CompressKind::kLinear;
+  const auto window = static_cast<size_t>(
+      paged_append_linear_smem(p.kernel_size, std::max(p.head_dim, p.head_dim_v)));
+  if (has_linear && window + kStatic > device.smem_per_cta) {
+    choice.reason = "the device has too little shared memory for a window";
+    return choice;
+  }
+  choice.row = find_paged_copy_row(p.dtype);
+  choice.reason = "few new tokens a sequence";
+  return choice;
+}
+
 }  // namespace
 
 int find_paged_copy_row(DType dtype) {
@@ -57,7 +76,7 @@ int find_paged_copy_row(DType dtype) {
 }
 
 PagedChoice choose_paged_fused(const PagedProblem& problem, const DeviceInfo& device) {
-  if (problem.op == PagedOp::kAppend) return {};
+  if (problem.op == PagedOp::kAppend) return choose_append(problem, device);
   return choose_decode(problem, device);
 }
 

@@ -51,6 +51,11 @@ inline constexpr std::array kPagedCopyTable{
     PagedCopyConfig{Arch::kSm80, DType::kFloat16 },
 };
 
+// Shared memory of the linear kind of paged_append: one window in fp32.
+constexpr int64_t paged_append_linear_smem(int64_t kernel_size, int64_t head_dim) {
+  return kernel_size * head_dim * 4;
+}
+
 // A CTA takes 16 rows of queries (tokens x heads of a group) and up to kDecodeSplit keys. Where a
 // sequence is split depends on its own length alone.
 inline constexpr int64_t kDecodeRows = 16;

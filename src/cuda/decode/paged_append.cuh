@@ -1,0 +1,260 @@
+// paged_append: a few new tokens a sequence into the cache, and the compressed tokens they complete.
+//
+// Math     as compress_kv over the last l tokens of each completed window, keys before their rotation;
+//          the compressed key is rounded, rotated by the window's first position and rounded again.
+// Shapes   params/paged.h. Most calls complete no window: one in d, for one token a sequence.
+// Tiles    pooling kinds: one CTA per (sequence, KV head), one warp a completed window and tensor, 16
+//          bytes a lane; sums in the order of compress_kv. linear: one CTA per (sequence, head, tensor,
+//          32 columns), the window in shared memory, the rows of W shared out over 32 slices.
+// Order    windows are read before new tokens overwrite raw keys: a barrier, or a second kernel.
+// Bound    latency; linear: l * D * D weights a (sequence, head) from L2.
+#pragma once
+#include "cuda/decode/paged_append.h"
+#include "cuda/decode/paged_copy.cuh"
+
+namespace fsattn {
+
+inline constexpr int kAppendThreads = 128;
+inline constexpr int kLinearThreads = 256;
+inline constexpr int kLinearColumns = 16;  // of each half of a row, so that a CTA can rotate
+inline constexpr int kLinearSlices = kLinearThreads / (2 * kLinearColumns / 4);
+
+namespace device {
+
+// The windows that a call completes: [first, end).
+struct WindowSpan {
+  int first, end;
+};
+
+__device__ __forceinline__ WindowSpan completed_windows(const PagedAppendParams& p,
+                                                        const PagedSpan& s) {
+  const PagedWriteParams& w = p.write;
+  if (p.cmp.k.data == nullptr || s.num_new() <= 0) return {0, 0};
+  return {static_cast<int>(num_windows(s.before, w.kernel_size, w.kernel_stride)),
+          static_cast<int>(num_windows(s.total, w.kernel_size, w.kernel_stride))};
+}
+
+// Row of token `token` as compression reads it; null reads as zeros.
+template <class Element>
+__device__ __forceinline__ const Element* window_row(const PagedWriteParams& p, const PagedSpan& s,
+                                                     int seq, int head, int token, bool is_value) {
+  if (token >= s.before) {
+    return row_pointer<Element>(is_value ? p.v : p.k, s.first_row + token - s.before, head);
+  }
+  const PagePlace place = find_page(p.cache.table, seq, token);
+  if (!is_value) return stored_raw_key<Element>(p, place, head);
+  return place.page < 0 ? nullptr : page_row<Element>(p.cache.v, place.page, place.row, head);
+}
+
+// The weights of a window of one head in fp32.
+template <class Element>
+__device__ __forceinline__ void load_window_weights(CompressKind kind, const void* weight, int size,
+                                                    int head, float* out) {
+  const Element* w = static_cast<const Element*>(weight) + head * size;
+  float largest = -INFINITY, sum = 0.f;
+  if (kind == CompressKind::kSoftmax) {
+    for (int t = 0; t < size; ++t) largest = fmaxf(largest, static_cast<float>(w[t]));
+    for (int t = 0; t < size; ++t) sum += expf(static_cast<float>(w[t]) - largest);
+  }
+  for (int t = threadIdx.x; t < size; t += blockDim.x) {
+    if (kind == CompressKind::kSoftmax) {
+      out[t] = expf(static_cast<float>(w[t]) - largest) / sum;
+    } else {
+      out[t] = kind == CompressKind::kWeighted ? static_cast<float>(w[t])
+                                               : 1.f / static_cast<float>(size);
+    }
+  }
+}
+
+// Eight columns of one pooled window.
+template <class Element>
+__device__ __forceinline__ Vector8<Element> pool_window(const PagedAppendParams& p,
+                                                        const PagedSpan& s, int seq, int head,
+                                                        int window, bool is_value,
+                                                        const float* weights, int column) {
+  const int size = static_cast<int>(p.write.kernel_size);
+  const int first = static_cast<int>(window * p.write.kernel_stride);
+  Vector8<Element> y;
+#pragma unroll 8
+  for (int t = 0; t < size; ++t) {
+    const Element* row = window_row<Element>(p.write, s, seq, head, first + t, is_value);
+    if (row != nullptr) y.add_scaled(weights[t], Vector8<Element>::load(row + column));
+  }
+  if (is_value || p.pos_emb == nullptr) return y;
+  const int64_t dim = p.write.shape.head_dim;
+  const Element* pos_emb = static_cast<const Element*>(p.pos_emb) + head * size * dim + column;
+  Vector8<Element> bias;
+  for (int t = 0; t < size; ++t) {
+    bias.add_scaled(weights[t], Vector8<Element>::load(pos_emb + t * dim));
+  }
+  y.add_scaled(1.f, bias);
+  return y;
+}
+
+// Place of a compressed token; null where it has none.
+template <class Element>
+__device__ __forceinline__ Element* compressed_row(const PagedAppendParams& p, int seq, int head,
+                                                   int window, bool is_value) {
+  const PagePlace place = find_page(p.cmp.table, seq, window);
+  if (place.page < 0) return nullptr;
+  return page_row<Element>(is_value ? p.cmp.v : p.cmp.k, place.page, place.row, head);
+}
+
+}  // namespace device
+
+// Dynamic shared memory: fp32 weights [2, l] of K and V.
+template <class Element>
+__global__ void __launch_bounds__(kAppendThreads)
+    paged_append_kernel(const __grid_constant__ PagedAppendParams p) {
+  using namespace device;
+  extern __shared__ __align__(16) float weights[];
+  constexpr int kWarps = kAppendThreads / kWarpSize, kMaxDim = 256;
+  __shared__ __align__(16) Element rounded[kWarps][kMaxDim];
+  const PagedWriteParams& w = p.write;
+  const int heads = static_cast<int>(w.shape.num_heads_kv), seq = blockIdx.x / heads;
+  const int head = blockIdx.x - seq * heads;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const PagedSpan s = find_span(w.packing, seq);
+  const WindowSpan windows = completed_windows(p, s);
+  if (windows.first < windows.end) {
+    const int size = static_cast<int>(w.kernel_size);
+    load_window_weights<Element>(p.kind, p.weight_k, size, head, weights);
+    load_window_weights<Element>(p.kind, p.weight_v, size, head, weights + size);
+    __syncthreads();
+    for (int task = warp; task < 2 * (windows.end - windows.first); task += kWarps) {
+      const int window = windows.first + task / 2, column = lane * kVector;
+      const bool is_value = task % 2 == 1;
+      const int dim = static_cast<int>(is_value ? w.shape.head_dim_v : w.shape.head_dim);
+      Element* to = compressed_row<Element>(p, seq, head, window, is_value);
+      Vector8<Element> y;
+      if (column < dim) {
+        y = pool_window<Element>(p, s, seq, head, window, is_value, weights + (is_value ? size : 0),
+                                 column);
+        y.store(is_value && to != nullptr ? to + column : rounded[warp] + column);
+      }
+      __syncwarp();
+      if (!is_value) {
+        copy_rotated(rounded[warp], to, dim, w.rope, static_cast<int>(window * w.kernel_stride),
+                     lane);
+      }
+      __syncwarp();
+    }
+    __syncthreads();  // the windows have been read
+  }
+  for (int i = warp; i < s.num_new(); i += kWarps) {
+    store_token<Element>(w, seq, s.before + i, s.total, s.first_row + i, head, lane);
+  }
+}
+
+// Dynamic shared memory: the window in fp32, [l * D].
+template <class Element>
+__global__ void __launch_bounds__(kLinearThreads)
+    paged_append_linear_kernel(const __grid_constant__ PagedAppendParams p, int parts) {
+  using namespace device;
+  extern __shared__ __align__(16) float window_tokens[];
+  __shared__ float4 sums[kLinearThreads];
+  __shared__ __align__(16) Element rounded[2 * kLinearColumns];
+  const PagedWriteParams& w = p.write;
+  const int heads = static_cast<int>(w.shape.num_heads_kv);
+  int rest = blockIdx.x / parts;
+  const int part = blockIdx.x - rest * parts;
+  const bool is_value = rest % 2 == 1;
+  rest /= 2;
+  const int seq = rest / heads, head = rest - seq * heads;
+  const int dim = static_cast<int>(is_value ? w.shape.head_dim_v : w.shape.head_dim);
+  const int half = dim / 2, size = static_cast<int>(w.kernel_size);
+  // Columns of this thread: four in one of the halves of a row.
+  const int quad = threadIdx.x % (2 * kLinearColumns / 4),
+            slice = threadIdx.x / (2 * kLinearColumns / 4);
+  const int in_half = part * kLinearColumns + quad % (kLinearColumns / 4) * 4;
+  const bool is_column = in_half < half;
+  const int column = in_half + (quad < kLinearColumns / 4 ? 0 : half);
+  const PagedSpan s = find_span(w.packing, seq);
+  const WindowSpan windows = completed_windows(p, s);
+  if (part * kLinearColumns >= half) return;
+  const Element* weight = static_cast<const Element*>(is_value ? p.weight_v : p.weight_k) +
+                          static_cast<int64_t>(head) * size * dim * dim + column;
+  for (int window = windows.first; window < windows.end; ++window) {
+    const int first = static_cast<int>(window * w.kernel_stride);
+    for (int i = threadIdx.x; i < size * dim; i += kLinearThreads) {
+      const int t = i / dim, a = i - t * dim;
+      const Element* row = window_row<Element>(w, s, seq, head, first + t, is_value);
+      float x = row == nullptr ? 0.f : static_cast<float>(row[a]);
+      if (!is_value && p.pos_emb != nullptr) {
+        x += static_cast<float>(
+            static_cast<const Element*>(p.pos_emb)[static_cast<int64_t>(head) * size * dim + i]);
+      }
+      window_tokens[i] = x;
+    }
+    __syncthreads();
+    float4 sum{};
+    if (is_column) {
+#pragma unroll 8
+      for (int i = slice; i < size * dim; i += kLinearSlices) {
+        const uint2 raw = *reinterpret_cast<const uint2*>(weight + static_cast<int64_t>(i) * dim);
+        const float2 low = unpack_pair<Element>(raw.x), high = unpack_pair<Element>(raw.y);
+        const float x = window_tokens[i];
+        sum.x = fmaf(x, low.x, sum.x);
+        sum.y = fmaf(x, low.y, sum.y);
+        sum.z = fmaf(x, high.x, sum.z);
+        sum.w = fmaf(x, high.y, sum.w);
+      }
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (slice == 0) {
+      for (int i = 1; i < kLinearSlices; ++i) {
+        const float4 x = sums[i * (2 * kLinearColumns / 4) + quad];
+        sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+      }
+      *reinterpret_cast<uint2*>(rounded + quad * 4) = {pack_pair<Element>(sum.x, sum.y),
+                                                       pack_pair<Element>(sum.z, sum.w)};
+    }
+    __syncthreads();
+    Element* to = compressed_row<Element>(p, seq, head, window, is_value);
+    const int i = threadIdx.x;  // a pair of columns, half a row apart
+    const int at = part * kLinearColumns + i;
+    if (i < kLinearColumns && at < half && to != nullptr) {
+      float x0 = static_cast<float>(rounded[i]),
+            x1 = static_cast<float>(rounded[kLinearColumns + i]);
+      if (!is_value && w.rope.cos != nullptr) {
+        const int64_t angle = static_cast<int64_t>(first) * half + at;
+        const float c = static_cast<float>(static_cast<const Element*>(w.rope.cos)[angle]);
+        const float sine = static_cast<float>(static_cast<const Element*>(w.rope.sin)[angle]);
+        const float y0 = x0 * c - x1 * sine;
+        x1 = x1 * c + x0 * sine;
+        x0 = y0;
+      }
+      to[at] = Element(x0);
+      to[half + at] = Element(x1);
+    }
+    __syncthreads();
+  }
+}
+
+template <PagedCopyConfig kConfig>
+void launch_paged_append(const PagedAppendParams& p, Stream stream) {
+  using Element = device::ElementOf<kConfig.dtype>;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const int64_t units = p.write.packing.batch * p.write.shape.num_heads_kv;
+  if (p.write.packing.total_q * units == 0) return;
+  if (p.kind != CompressKind::kLinear || p.cmp.k.data == nullptr) {
+    paged_append_kernel<Element>
+        <<<static_cast<unsigned>(units), kAppendThreads,
+           static_cast<size_t>(2 * p.write.kernel_size) * sizeof(float), cuda_stream>>>(p);
+    FSATTN_CUDA_CHECK(cudaGetLastError());
+    return;
+  }
+  const int64_t dim = std::max(p.write.shape.head_dim, p.write.shape.head_dim_v);
+  const int64_t parts = ceil_div(dim / 2, int64_t{kLinearColumns});
+  const int smem = static_cast<int>(paged_append_linear_smem(p.write.kernel_size, dim));
+  allow_shared_memory(paged_append_linear_kernel<Element>, smem);
+  paged_append_linear_kernel<Element>
+      <<<static_cast<unsigned>(units * 2 * parts), kLinearThreads, static_cast<size_t>(smem),
+         cuda_stream>>>(p, static_cast<int>(parts));
+  paged_store_kernel<Element><<<paged_ctas(p.write.packing.total_q, p.write.shape.num_heads_kv),
+                                kPagedThreads, 0, cuda_stream>>>(p.write);
+  FSATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace fsattn
