@@ -109,10 +109,10 @@ Choice choose_selected_attn_fwd(const Problem& problem, Arch arch) {
   return choice;
 }
 
-Choice choose_selected_attn_bwd(const Problem& problem) {
+Choice choose_selected_attn_bwd(const Problem& problem, Arch arch) {
   Choice choice;
   choice.nearest = tile_text(kSelectedAttnBwdTable.back());
-  choice.row = find_selected_attn_bwd_row(problem);
+  choice.row = find_selected_attn_bwd_row(arch, problem);
   if (choice.row < 0) return choice;
   const SelectedAttnBwdConfig& config = row_of(kSelectedAttnBwdTable, choice.row);
   choice.arch = config.arch;
@@ -145,7 +145,7 @@ Choice choose(const Problem& problem, const DeviceInfo& device) {
       return choose_block_index(problem);
     case Op::kSelectedAttn:
       return problem.pass == Pass::kFwd ? choose_selected_attn_fwd(problem, device.arch)
-                                        : choose_selected_attn_bwd(problem);
+                                        : choose_selected_attn_bwd(problem, device.arch);
     case Op::kGate:
       return choose_gate(problem);
   }

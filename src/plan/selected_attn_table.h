@@ -64,7 +64,8 @@ inline constexpr std::array kSelectedAttnFwdTable{
                           64                                                                               },
 };
 
-// Backward has one algorithm, block-major with mma.sync, on parts of 64 keys.
+// Backward is block-major on parts of 64 keys: with wgmma in the rows of sm_90a, for exactly the head dims
+// of the row, and with mma.sync.
 struct SelectedAttnBwdConfig {
   Arch arch;
   DType dtype;
@@ -76,14 +77,16 @@ inline constexpr int kSelectedBwdKeys = 64;
 
 // Columns: arch, dtype, head_dim, head_dim_v. The first row that fits wins.
 inline constexpr std::array kSelectedAttnBwdTable{
-    SelectedAttnBwdConfig{Arch::kSm80, DType::kBFloat16, 64,  64 },
-    SelectedAttnBwdConfig{Arch::kSm80, DType::kBFloat16, 128, 128},
-    SelectedAttnBwdConfig{Arch::kSm80, DType::kBFloat16, 192, 128},
-    SelectedAttnBwdConfig{Arch::kSm80, DType::kBFloat16, 256, 256},
-    SelectedAttnBwdConfig{Arch::kSm80, DType::kFloat16,  64,  64 },
-    SelectedAttnBwdConfig{Arch::kSm80, DType::kFloat16,  128, 128},
-    SelectedAttnBwdConfig{Arch::kSm80, DType::kFloat16,  192, 128},
-    SelectedAttnBwdConfig{Arch::kSm80, DType::kFloat16,  256, 256},
+    SelectedAttnBwdConfig{Arch::kSm90a, DType::kBFloat16, 128, 128},
+    SelectedAttnBwdConfig{Arch::kSm90a, DType::kFloat16,  128, 128},
+    SelectedAttnBwdConfig{Arch::kSm80,  DType::kBFloat16, 64,  64 },
+    SelectedAttnBwdConfig{Arch::kSm80,  DType::kBFloat16, 128, 128},
+    SelectedAttnBwdConfig{Arch::kSm80,  DType::kBFloat16, 192, 128},
+    SelectedAttnBwdConfig{Arch::kSm80,  DType::kBFloat16, 256, 256},
+    SelectedAttnBwdConfig{Arch::kSm80,  DType::kFloat16,  64,  64 },
+    SelectedAttnBwdConfig{Arch::kSm80,  DType::kFloat16,  128, 128},
+    SelectedAttnBwdConfig{Arch::kSm80,  DType::kFloat16,  192, 128},
+    SelectedAttnBwdConfig{Arch::kSm80,  DType::kFloat16,  256, 256},
 };
 
 // ---- Splitting the work ----
@@ -275,14 +278,19 @@ constexpr int find_selected_attn_fwd_row(Arch arch, const Problem& problem) {
   return -1;
 }
 
+constexpr bool fits(const SelectedAttnBwdConfig& config, Arch arch, const Problem& p) {
+  if (config.dtype != p.dtype) return false;
+  if (config.arch == Arch::kSm80) {
+    return p.head_dim <= config.head_dim && p.head_dim_v <= config.head_dim_v;
+  }
+  return config.arch == arch && p.head_dim == config.head_dim &&
+         p.head_dim_v == config.head_dim_v && p.block_size >= kSelectedBwdKeys;
+}
+
 // Returns the row of kSelectedAttnBwdTable, or -1 when no kernel fits.
-constexpr int find_selected_attn_bwd_row(const Problem& problem) {
+constexpr int find_selected_attn_bwd_row(Arch arch, const Problem& problem) {
   for (int row = 0; row < static_cast<int>(kSelectedAttnBwdTable.size()); ++row) {
-    const SelectedAttnBwdConfig& config = kSelectedAttnBwdTable[static_cast<size_t>(row)];
-    if (config.dtype == problem.dtype && problem.head_dim <= config.head_dim &&
-        problem.head_dim_v <= config.head_dim_v) {
-      return row;
-    }
+    if (fits(kSelectedAttnBwdTable[static_cast<size_t>(row)], arch, problem)) return row;
   }
   return -1;
 }

@@ -1,6 +1,7 @@
 // Times selected attention by CUDA events: median of 7 after 2 warm-ups, random data and selection.
 //     bench_selected PASS TOKENS Hq Hkv [block_size topk dim cap_mib]
-// PASS: bwd, index, or a forward algorithm: query, mma, wgmma; fwd is what the table takes on sm_90a.
+// PASS: index, a forward algorithm: query, mma, wgmma, or bwd_mma: the backward with mma.sync; fwd and bwd
+// are what the tables take on sm_90a.
 #include <cstring>
 #include <string>
 
@@ -62,16 +63,17 @@ int main(int argc, char** argv) {
          Pattern::kRandom,
          size_t(option(8, 1024)) << 20};
   SelectedProblem<__nv_bfloat16> x(c);
+  const bool is_bwd = pass == "bwd" || pass == "bwd_mma";
   double pairs = 0;  // query row times key block
   for (int64_t t = 0; t < x.total_q; ++t)
     pairs += double(std::min<int64_t>(c.topk, t / c.block_size + 1)) * c.heads_q;
-  const double flop = pairs * (pass == "bwd" ? 10 : 4) * c.block_size * c.dim;
+  const double flop = pairs * (is_bwd ? 10 : 4) * c.block_size * c.dim;
   const Problem problem = x.problem();
   double ms = 0;
   size_t bytes = 0;
   if (pass == "index") {
     ms = median_ms([&] { x.build_index(); });
-  } else if (pass == "bwd") {
+  } else if (is_bwd) {
     bytes = selected_attn_bwd_workspace(problem);
     Buffer<char> scratch(
         static_cast<int64_t>(std::max(bytes, selected_attn_fwd_workspace(problem))));
@@ -80,8 +82,9 @@ int main(int argc, char** argv) {
     const Strided<__nv_bfloat16> dk(x.total_k, c.heads_kv, c.dim, 0, 0),
         dv(x.total_k, c.heads_kv, c.dim, 0, 0);
     const SelectedAttnBwdParams params = x.bwd_params(dq, dk, dv, scratch);
-    ms = median_ms(
-        [&] { launch_selected_attn_bwd(find_selected_attn_bwd_row(problem), params, nullptr); });
+    const int row =
+        find_selected_attn_bwd_row(pass == "bwd" ? Arch::kSm90a : Arch::kSm80, problem);
+    ms = median_ms([&] { launch_selected_attn_bwd(row, params, nullptr); });
   } else {
     const int row = find_row(pass, problem);
     if (row < 0) return 1;
@@ -91,7 +94,7 @@ int main(int argc, char** argv) {
     ms = median_ms([&] { launch_selected_attn_fwd(row, params, nullptr); });
   }
   std::printf(
-      "%-5s T %7d H %2d/%2d D %3d S %3d K %3d cap %5d MiB ws %5.2f GiB: %8.3f ms  %6.1f "
+      "%-7s T %7d H %2d/%2d D %3d S %3d K %3d cap %5d MiB ws %5.2f GiB: %8.3f ms  %6.1f "
       "ps/row-block %6.1f TFLOP/s\n",
       pass.c_str(), int(x.total_q), c.heads_q, c.heads_kv, c.dim, c.block_size, c.topk,
       int(c.cap >> 20), double(bytes) / (1 << 30), ms, ms * 1e9 / pairs, flop / ms * 1e-9);

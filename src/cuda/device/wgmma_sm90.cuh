@@ -34,14 +34,22 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint3
                : "memory");
 }
 
+// Each 8 x 8 matrix is stored transposed.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t r0, uint32_t r1,
+                                                  uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+
 // clang-format off
-#define FSATTN_WGMMA_N64_K_MAJOR(TYPE) \
+#define FSATTN_WGMMA_N64(TYPE, MN_MAJOR) \
   asm volatile( \
       "{\n .reg .pred p;\n setp.ne.b32 p, %37, 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" \
       "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
       "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31" \
-      "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}" \
+      "}, {%32,%33,%34,%35}, %36, p, 1, 1, " MN_MAJOR ";\n}" \
       : \
         "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), \
         "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
@@ -87,9 +95,20 @@ template <class Element>
 __device__ __forceinline__ void wgmma_m64n64k16_k_major(float (&d)[32], const uint32_t (&a)[4],
                                                         uint64_t b, int accumulate) {
   if constexpr (kIsBf16<Element>) {
-    FSATTN_WGMMA_N64_K_MAJOR("bf16");
+    FSATTN_WGMMA_N64("bf16", "0");
   } else {
-    FSATTN_WGMMA_N64_K_MAJOR("f16");
+    FSATTN_WGMMA_N64("f16", "0");
+  }
+}
+
+// D[64 x 64] (+)= A B; B is [k][64 columns] with the columns contiguous.
+template <class Element>
+__device__ __forceinline__ void wgmma_m64n64k16_mn_major(float (&d)[32], const uint32_t (&a)[4],
+                                                         uint64_t b, int accumulate) {
+  if constexpr (kIsBf16<Element>) {
+    FSATTN_WGMMA_N64("bf16", "1");
+  } else {
+    FSATTN_WGMMA_N64("f16", "1");
   }
 }
 
@@ -104,7 +123,7 @@ __device__ __forceinline__ void wgmma_m64n128k16_mn_major(float (&d)[64], const 
   }
 }
 
-#undef FSATTN_WGMMA_N64_K_MAJOR
+#undef FSATTN_WGMMA_N64
 #undef FSATTN_WGMMA_N128_MN_MAJOR
 
 }  // namespace fsattn::device

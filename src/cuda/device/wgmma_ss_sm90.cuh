@@ -21,13 +21,13 @@ __device__ __forceinline__ void pin_registers(float (&x)[kCount]) {
 }
 
 // clang-format off
-#define FSATTN_WGMMA_SS_N64(TYPE) \
+#define FSATTN_WGMMA_SS_N64(TYPE, MN_MAJOR) \
   asm volatile( \
       "{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n" \
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" \
       "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
       "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31" \
-      "}, %32, %33, p, 1, 1, 0, 0;\n}" \
+      "}, %32, %33, p, 1, 1, 0, " MN_MAJOR ";\n}" \
       : \
         "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), \
         "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
@@ -45,9 +45,21 @@ template <class Element>
 __device__ __forceinline__ void wgmma_ss_m64n64k16(float (&d)[32], uint64_t a, uint64_t b,
                                                    int accumulate) {
   if constexpr (kIsBf16<Element>) {
-    FSATTN_WGMMA_SS_N64("bf16");
+    FSATTN_WGMMA_SS_N64("bf16", "0");
   } else {
-    FSATTN_WGMMA_SS_N64("f16");
+    FSATTN_WGMMA_SS_N64("f16", "0");
+  }
+}
+
+// D[64 x 64] (+)= A B; A is [64 rows][k] with k contiguous, B is [k][64 columns] with the columns
+// contiguous.
+template <class Element>
+__device__ __forceinline__ void wgmma_ss_m64n64k16_mn_major(float (&d)[32], uint64_t a, uint64_t b,
+                                                            int accumulate) {
+  if constexpr (kIsBf16<Element>) {
+    FSATTN_WGMMA_SS_N64("bf16", "1");
+  } else {
+    FSATTN_WGMMA_SS_N64("f16", "1");
   }
 }
 

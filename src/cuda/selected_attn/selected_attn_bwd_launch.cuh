@@ -5,6 +5,7 @@
 #include "cuda/selected_attn/selected_attn.h"
 #include "cuda/selected_attn/selected_attn_bwd_reduce.cuh"
 #include "cuda/selected_attn/selected_attn_bwd_sm80.cuh"
+#include "cuda/selected_attn/selected_attn_bwd_sm90.cuh"
 
 namespace fsattn {
 namespace selected {
@@ -51,27 +52,64 @@ void launch_sums(const BwdArgs& a, const ItemArgs& build, int64_t heads, cudaStr
   const dim3 grid(ceil_div(rows, static_cast<unsigned>(kReduceThreads / kLanes)),
                   static_cast<unsigned>(a.list.num_segments));
   selected_attn_dq_kernel<Element, kLanes><<<grid, kReduceThreads, 0, stream>>>(a);
-  const dim3 parts(static_cast<unsigned>(a.num_parts), static_cast<unsigned>(heads));
+  const int slices = ceil_div(a.keys * (a.chunks_qk + a.chunks_v) * 2, kDkvSlice);
+  const dim3 parts(static_cast<unsigned>(a.num_parts * slices), static_cast<unsigned>(heads));
   selected_attn_dkv_kernel<Element><<<parts, kReduceThreads, 0, stream>>>(DkvArgs{a, build});
 }
 
+// The main kernel of a row: how many CTAs of it the device holds, and its launch.
+template <SelectedAttnBwdConfig kConfig>
+struct BwdKernel {
+  using T = BwdTraits<kConfig>;
+
+  explicit BwdKernel(const SelectedAttnBwdParams&) {}
+  static int num_ctas() {
+    return resident_ctas(selected_attn_bwd_kernel<T>, T::kThreads, sizeof(BwdStorage<T>));
+  }
+  void launch(const BwdArgs& a, int num_ctas, cudaStream_t stream) const {
+    selected_attn_bwd_kernel<T><<<num_ctas, T::kThreads, sizeof(BwdStorage<T>), stream>>>(a);
+  }
+};
+
+template <SelectedAttnBwdConfig kConfig>
+requires(kConfig.arch == Arch::kSm90a) struct BwdKernel<kConfig> {
+  using T = BwdWgmmaTraits<kConfig>;
+  using Storage = BwdWgmmaStorage<T>;
+
+  explicit BwdKernel(const SelectedAttnBwdParams& params)
+      : k_map(make_map(params, params.attn.k)), v_map(make_map(params, params.attn.v)) {}
+  static CUtensorMap make_map(const SelectedAttnBwdParams& params, Rows rows) {
+    // Without keys no box is ever read, but a map needs an address and a size.
+    const int64_t tokens = std::max<int64_t>(1, params.attn.packing.total_k);
+    if (params.attn.packing.total_k == 0) rows = {params.attn.q.data, T::kD, T::kD};
+    return device::make_rows_map(rows, kConfig.dtype, tokens, params.attn.shape.num_heads_kv, T::kD,
+                                 T::kKeys);
+  }
+  static int num_ctas() {
+    return resident_ctas(selected_attn_bwd_wgmma_kernel<T>, T::kThreads, sizeof(Storage));
+  }
+  void launch(const BwdArgs& a, int num_ctas, cudaStream_t stream) const {
+    selected_attn_bwd_wgmma_kernel<T>
+        <<<num_ctas, T::kThreads, sizeof(Storage), stream>>>(a, k_map, v_map);
+  }
+
+  CUtensorMap k_map, v_map;
+};
+
 // One launch: the segments `a.space.first_segment` and on, of `heads` KV heads.
 template <SelectedAttnBwdConfig kConfig>
-void run_bwd_launch(const BwdArgs& a, const ItemArgs& build, int64_t heads, int num_ctas,
-                    cudaStream_t stream) {
-  using T = BwdTraits<kConfig>;
+void run_bwd_launch(const BwdKernel<kConfig>& kernel, const BwdArgs& a, const ItemArgs& build,
+                    int64_t heads, int num_ctas, cudaStream_t stream) {
   launch_items(build, a.list.num_segments, stream);
   const int64_t slots = int64_t{a.list.num_segments} * a.space.range * a.space.partials;
   FSATTN_CUDA_CHECK(cudaMemsetAsync(a.marks, 0, static_cast<size_t>(slots), stream));
-  selected_attn_bwd_kernel<T>
-      <<<static_cast<unsigned>(num_ctas), T::kThreads, sizeof(BwdStorage<T>), stream>>>(a);
+  kernel.launch(a, num_ctas, stream);
   launch_sums<kConfig>(a, build, heads, stream);
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
 
 template <SelectedAttnBwdConfig kConfig>
 void run_bwd(const SelectedAttnBwdParams& params, Stream stream) {
-  using T = BwdTraits<kConfig>;
   const SelectedShape shape = shape_of(params);
   const SelectedBwdLayout layout = selected_bwd_layout(shape);
   FSATTN_ASSERT(params.scratch.bytes >= layout.bytes);
@@ -93,8 +131,8 @@ void run_bwd(const SelectedAttnBwdParams& params, Stream stream) {
   const size_t counter_bytes = static_cast<size_t>(num_launches) * sizeof(int);
   FSATTN_CUDA_CHECK(cudaMemsetAsync(counters, 0, counter_bytes, cuda_stream));
   launch_stats<kConfig>(a, cuda_stream);
-  const int num_ctas =
-      resident_ctas(selected_attn_bwd_kernel<T>, T::kThreads, sizeof(BwdStorage<T>));
+  const BwdKernel<kConfig> kernel(params);
+  const int num_ctas = kernel.num_ctas();
 
   for (int64_t launch = 0; launch < num_launches; ++launch) {
     const int64_t head = launch / layout.launches_per_head * layout.heads_per_launch;
@@ -107,7 +145,7 @@ void run_bwd(const SelectedAttnBwdParams& params, Stream stream) {
     a.list.counter = counters + launch;
     a.is_first = range == 0;
     a.is_last = range + ranges == layout.split.num_ranges;
-    run_bwd_launch<kConfig>(a, build, heads, num_ctas, cuda_stream);
+    run_bwd_launch<kConfig>(kernel, a, build, heads, num_ctas, cuda_stream);
   }
 }
 

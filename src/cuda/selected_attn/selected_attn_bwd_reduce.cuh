@@ -103,20 +103,50 @@ __device__ __forceinline__ void store_dkv_vector(const BwdArgs& a, int64_t token
   *pairs = {device::pack_pair<Element>(sum.x, sum.y), device::pack_pair<Element>(sum.z, sum.w)};
 }
 
+// A part's rows of dk and dv are summed by several CTAs: the first block of a sequence may have hundreds of
+// items where others have a few, and one CTA would read them all.
+inline constexpr int kDkvVectors = 2, kDkvSlice = kDkvVectors * kReduceThreads;  // of 4 columns
+
+// sum += the thread's vectors of `count` items, in order; loads of several items are in flight.
+__device__ __forceinline__ void add_items(float4 (&sum)[kDkvVectors], const float4* from,
+                                          int64_t item_vectors, int count,
+                                          const bool (&exists)[kDkvVectors]) {
+  constexpr int kUnroll = 4;
+  for (; count > 0; count -= kUnroll, from += kUnroll * item_vectors) {
+    float4 x[kUnroll][kDkvVectors] = {};
+#pragma unroll
+    for (int n = 0; n < kUnroll; ++n) {
+#pragma unroll
+      for (int u = 0; u < kDkvVectors; ++u) {
+        if (n < count && exists[u]) x[n][u] = __ldcs(from + n * item_vectors + u * kReduceThreads);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kUnroll; ++n) {
+#pragma unroll
+      for (int u = 0; u < kDkvVectors; ++u) {
+        sum[u] = {sum[u].x + x[n][u].x, sum[u].y + x[n][u].y, sum[u].z + x[n][u].z,
+                  sum[u].w + x[n][u].w};
+      }
+    }
+  }
+}
+
 struct DkvArgs {
   BwdArgs bwd;
   ItemArgs items;
 };
 
 // dk, dv of a part = sum of its items in the launch, in order, on top of the launches before. Grid
-// (parts, KV heads of the launch). Every part that holds keys is written, wanted or not.
+// (parts times their slices, KV heads of the launch). Every part that holds keys is written, wanted or not.
 template <class Element>
-__global__ void __launch_bounds__(kReduceThreads)
+__global__ void __launch_bounds__(kReduceThreads, 4)
     selected_attn_dkv_kernel(const __grid_constant__ DkvArgs args) {
   constexpr int kVector = 4;
   const BwdArgs& a = args.bwd;
   const ItemArgs& b = args.items;
-  const int part = blockIdx.x, slot = part / b.splits;
+  const int num_slices = static_cast<int>(gridDim.x) / a.num_parts;
+  const int part = blockIdx.x / num_slices, slot = part / b.splits;
   const int num_ranges = a.list.num_segments / static_cast<int>(gridDim.y);
   const int first_segment = static_cast<int>(blockIdx.y) * num_ranges;
   const int kv_head = (a.space.first_segment + first_segment) / a.space.num_ranges;
@@ -129,7 +159,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   const int num_keys = static_cast<int>(min(int64_t{b.keys}, k1 - k0 - key0));
   if (num_keys <= 0) return;
 
-  // The items of the part in each range; a thread sums kUnroll vectors of them at a time.
+  // The items of the part in each range.
   __shared__ int begin[kMaxSegmentsPerLaunch], end[kMaxSegmentsPerLaunch];
   for (int r = threadIdx.x; r < num_ranges; r += kReduceThreads) {
     const int* part_items = a.part_items + int64_t{first_segment + r} * (a.num_parts + 1) + part;
@@ -137,40 +167,31 @@ __global__ void __launch_bounds__(kReduceThreads)
     end[r] = __ldg(part_items + 1);
   }
   __syncthreads();
-  constexpr int kUnroll = 4;
   const int dims = (a.chunks_qk + a.chunks_v) * 8, vectors = num_keys * dims / kVector;
   const int64_t item_vectors = int64_t{a.keys} * dims / kVector;
-  const auto* items = reinterpret_cast<const float4*>(a.dkv_items);
   auto* total = reinterpret_cast<float4*>(a.dkv_sum) + (k0 + key0) * dims / kVector;
-  for (int i0 = threadIdx.x; i0 < vectors; i0 += kUnroll * kReduceThreads) {
-    float4 sum[kUnroll] = {};
+  const int i0 = (blockIdx.x - part * num_slices) * kDkvSlice + threadIdx.x;
+  float4 sum[kDkvVectors] = {};
+  bool exists[kDkvVectors];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = i0 + u * kReduceThreads;
-      if (!a.is_first && i < vectors) sum[u] = total[i];
-    }
-    for (int r = 0; r < num_ranges; ++r) {
-      const int64_t item0 = int64_t{first_segment + r} * a.list.capacity;
-      for (int n = begin[r]; n < end[r]; ++n) {
-        const float4* from = items + (item0 + n) * item_vectors + i0;
+  for (int u = 0; u < kDkvVectors; ++u) {
+    exists[u] = i0 + u * kReduceThreads < vectors;
+    if (!a.is_first && exists[u]) sum[u] = total[i0 + u * kReduceThreads];
+  }
+  for (int r = 0; r < num_ranges; ++r) {
+    const int64_t item0 = int64_t{first_segment + r} * a.list.capacity + begin[r];
+    add_items(sum, reinterpret_cast<const float4*>(a.dkv_items) + item0 * item_vectors + i0,
+              item_vectors, end[r] - begin[r], exists);
+  }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          if (i0 + u * kReduceThreads >= vectors) continue;
-          const float4 x = __ldcs(from + u * kReduceThreads);
-          sum[u] = {sum[u].x + x.x, sum[u].y + x.y, sum[u].z + x.z, sum[u].w + x.w};
-        }
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int i = i0 + u * kReduceThreads;
-      if (i >= vectors) continue;
-      if (a.is_last) {
-        const int key = i * kVector / dims;
-        store_dkv_vector<Element>(a, k0 + key0 + key, kv_head, i * kVector - key * dims, sum[u]);
-      } else {
-        total[i] = sum[u];
-      }
+  for (int u = 0; u < kDkvVectors; ++u) {
+    const int i = i0 + u * kReduceThreads;
+    if (!exists[u]) continue;
+    if (a.is_last) {
+      const int key = i * kVector / dims;
+      store_dkv_vector<Element>(a, k0 + key0 + key, kv_head, i * kVector - key * dims, sum[u]);
+    } else {
+      total[i] = sum[u];
     }
   }
 }
