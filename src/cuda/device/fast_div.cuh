@@ -4,7 +4,7 @@
 
 namespace fsattn::device {
 
-// n / divisor for 0 <= n < 2^31 and 1 <= divisor < 2^16: one widening multiply and a shift.
+// n / divisor for 0 <= n < 2^31 and 1 <= divisor < 2^31: one widening multiply and a shift.
 // With c = ceil(log2 divisor) and m = ceil(2^(31 + c) / divisor), m < 2^32 and the error n * (m *
 // divisor - 2^(31 + c)) stays below 2^(31 + c), so the quotient is exact.
 struct FastDiv {
