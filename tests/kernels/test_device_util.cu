@@ -326,7 +326,8 @@ __global__ void divide_kernel(device::FastDiv div, const int* n, int count, int*
 }
 
 TEST(fast_division_is_exact) {
-  for (int divisor : {1, 2, 3, 7, 10, 16, 31, 100, 127, 641, 4095, 32768, 65535, 65537, 1 << 30, INT_MAX}) {
+  for (int divisor :
+       {1, 2, 3, 7, 10, 16, 31, 100, 127, 641, 4095, 32768, 65535, 65537, 1 << 30, INT_MAX}) {
     std::vector<int> n{0, 1, INT_MAX, INT_MAX - 1};
     for (int multiple = 1; multiple < 2000; ++multiple) {
       const int64_t m = int64_t{multiple} * multiple * divisor;
