@@ -1,0 +1,205 @@
+"""The paged cache on CUDA: graphs whose lengths grow, and wrong tables that only the device sees."""
+
+import pytest
+import torch
+from cuda_support import DEVICE, NEEDS_CUDA
+from paged_support import PagedCase
+from support import assert_same_bits, cu_seqlens, randn
+
+import fsattn
+
+pytestmark = NEEDS_CUDA
+
+
+class Static:
+    """The tensors of one step at fixed addresses, as a graph captures them."""
+
+    def __init__(self, case, starts, counts, max_seqlen_k):
+        self.case, self.counts = case, counts
+        self.rows = case.rows_of(starts, counts)
+        self.lengths = case.lengths(starts, counts, max_seqlen_k=max_seqlen_k)
+        self.seqlens = self.lengths["cache_seqlens"]
+        self.q, self.gates = case.queries(self.rows), case.gates[self.rows]
+        self.k, self.v = case.k[self.rows], case.v[self.rows]
+        self.o, self.ids = case.o[self.rows], case.ids[:, self.rows]
+        self.advance_by = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+
+    def load(self, starts):
+        case, self.rows = self.case, self.case.rows_of(starts, self.counts)
+        for mine, source in [
+            (self.q, case.queries(self.rows)),
+            (self.gates, case.gates[self.rows]),
+            (self.k, case.k[self.rows]),
+            (self.v, case.v[self.rows]),
+        ]:
+            mine.copy_(source)
+
+    def launch(self):
+        """append, attend, count."""
+        self.case.append([0] * len(self.counts), self.counts, k=self.k, v=self.v, **self.lengths)
+        arguments = self.case.attention_arguments([0] * len(self.counts), self.counts)
+        arguments |= {"q": self.q, "gates": self.gates, **self.lengths}
+        o, ids = fsattn.paged_native_sparse_attention(**arguments, return_topk_idx=True)
+        self.o.copy_(o)
+        self.ids.copy_(ids)
+        self.seqlens.add_(self.advance_by)
+
+
+@pytest.mark.parametrize(
+    ("counts", "options"),
+    [
+        ([1, 1, 1], {"rope": True, "raw_size": 32, "kind": "linear", "layout": "HND"}),
+        ([3, 1, 2], {"rope": True, "kind": "softmax", "pos_emb": True, "group": 8}),
+    ],
+)
+def test_graph_replay_grows(counts, options):
+    """One captured step, replayed over 1,000 growing steps."""
+    steps, first = 1000, [70, 3, 130]
+    lens = [f + steps * n for f, n in zip(first, counts)]
+    case = PagedCase(lens, dtype=torch.bfloat16, device=DEVICE, **options)
+    case.advance(first)
+    static = Static(case, case.at, counts, max(lens))
+    saved = static.seqlens.clone()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        static.launch()  # warm up: lazy initialisation is not captured
+    torch.cuda.current_stream().wait_stream(stream)
+    static.seqlens.copy_(saved)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static.launch()
+    assert torch.equal(static.seqlens, saved)
+    for _ in range(steps):
+        static.load(case.at)
+        graph.replay()
+        case.o[static.rows], case.ids[:, static.rows] = static.o, static.ids
+        case.at = [at + n for at, n in zip(case.at, counts)]
+    case.check()
+
+
+def test_module_in_a_graph():
+    """A step of PagedCache that is renewed in place."""
+    torch.manual_seed(0)
+    rope = fsattn.RopeConfig(head_dim=64, rope_scaling=None)
+    layer = fsattn.NativeSparseAttention(64, 8, 2, 64, topk=4, window_size=64, rope_config=rope)
+    layer = layer.to(DEVICE, torch.bfloat16)
+    lens = [400, 350]
+    x = randn(sum(lens), 64, dtype=torch.bfloat16, device=DEVICE)
+    cache = fsattn.PagedCache(32, 64, 2, 64, rope=True, device=DEVICE)
+    sequences = [cache.allocate(), cache.allocate()]
+    with torch.no_grad():
+        truth = layer(x, cu_seqlens(lens, DEVICE))
+        layer(torch.cat([x[:200], x[400:550]]), cache=cache.step(sequences, [200, 150]))
+        step = cache.step(sequences, max_seqlen_k=512)
+        token = torch.stack([x[200], x[550]])
+        layer(token, cache=step)  # warm up
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(token, cache=step)
+        for t in range(199):
+            token.copy_(torch.stack([x[201 + t], x[551 + t]]))
+            cache.step(sequences, out=step)
+            graph.replay()
+            wanted = torch.stack([truth[201 + t], truth[551 + t]])
+            torch.testing.assert_close(y, wanted, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("counts", [1, 40])
+@pytest.mark.parametrize("page", [-1, 10**6, 2**31 - 1, -(2**31)])
+def test_pages_outside_the_cache_read_as_zeros(page, counts):
+    case = PagedCase([300, 200], dtype=torch.bfloat16, device=DEVICE, spare_pages=4)
+    case.append([0, 0], case.lens)
+    for cache in (case.k_cache, case.v_cache, case.k_cmp_cache, case.v_cmp_cache):
+        cache[cache.isnan()] = 0.0
+    starts = [n - counts for n in case.lens]
+
+    def attend():
+        ids = torch.tensor([[[0, 1, 2, 3, 4]]], device=DEVICE, dtype=torch.int32)
+        ids = ids.expand(2, 2 * counts, 5).contiguous()
+        rows = case.rows_of(starts, [counts, counts])
+        selected = fsattn.paged_selected_attention(
+            case.q[rows],
+            ids,
+            *(case.k_cache, case.v_cache, case.table),
+            **case.lengths(starts, [counts, counts]),
+            block_size=32,
+        )
+        return *case.attend(starts, [counts, counts]), selected
+
+    free = sorted(set(range(len(case.k_cache))) - set(case.table.flatten().tolist()))[0]
+    free_cmp = sorted(set(range(len(case.k_cmp_cache))) - set(case.cmp_table.flatten().tolist()))[0]
+    for cache in (case.k_cache, case.v_cache):
+        cache[free] = 0.0
+    for cache in (case.k_cmp_cache, case.v_cmp_cache):
+        cache[free_cmp] = 0.0
+    case.table[0, 1], case.cmp_table[0, 0] = free, free_cmp
+    wanted = attend()
+    case.table[0, 1], case.cmp_table[0, 0] = page, page
+    for name, a, b in zip(("o", "topk_idx", "selected"), attend(), wanted):
+        assert_same_bits(name, a, b)
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_what_does_not_fit_is_dropped(count):
+    """Lengths behind the table, negative ones, pages outside the cache: nothing else is written."""
+    case = PagedCase([128, 128, 128], rope=True, dtype=torch.bfloat16, device=DEVICE)
+    case.append([0, 0, 0], [100, 100, 100])
+    names = ("k_cache", "v_cache", "k_cmp_cache", "v_cmp_cache", "k_raw_cache")
+    for name in names:
+        getattr(case, name).nan_to_num_(0.0)
+    before = {name: getattr(case, name).clone() for name in names}
+    case.table[1, :] = 10**6
+    case.cmp_table[1, :] = -7
+
+    def lengths(*starts):
+        starts = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+        return {"cache_seqlens": starts, "max_seqlen_k": 2**30}
+
+    case.append([0, 0, 0], [count] * 3, **lengths(2**30, 28, 128))
+    for name in names:
+        assert_same_bits(name, getattr(case, name), before[name])
+    o, _ = case.attend([0, 0, 0], [count] * 3, **lengths(2**30, -5, 128))
+    assert o.isfinite().all()
+
+
+def test_nothing_is_synchronised():
+    case = PagedCase([300, 200], rope=True, dtype=torch.bfloat16, device=DEVICE)
+    case.append([0, 0], [299, 199])
+    appended = case.lengths([299, 199], [1, 1])
+    rows = case.rows_of([299, 199], [1, 1])
+    new = {"k": case.k[rows], "v": case.v[rows]}
+    arguments = case.attention_arguments([299, 199], [1, 1]) | appended
+    base = {
+        "block_table": case.table, "k_cache": case.k_cache, "v_cache": case.v_cache,
+        "k_cmp_cache": case.k_cmp_cache, "v_cmp_cache": case.v_cmp_cache,
+        "cmp_block_table": case.cmp_table, "k_raw_cache": case.k_raw_cache,
+        "rope_cos": case.cos, "rope_sin": case.sin,
+    }  # fmt: skip
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fsattn.append_kv(**new, **base, **appended)
+        fsattn.paged_native_sparse_attention(**arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("counts", [[1], [5], [700]])
+def test_chunks_equal_the_packed_forward(counts):
+    """Wide heads and a long context: the operators over packed tensors are the other way."""
+    options = {"heads_kv": 2, "group": 4, "dim": 128, "block_size": 64, "topk": 8}
+    case = PagedCase([6000], dtype=torch.bfloat16, device=DEVICE, cmp_page_size=64, **options)
+    case.append([0], [6000])
+    starts, rows = [6000 - counts[0]], case.rows_of([6000 - counts[0]], counts)
+    o, ids = case.attend(starts, counts)
+    case.at = [6000]
+    k, v, k_cmp, v_cmp = case.stored()
+    truth, truth_ids = fsattn.native_sparse_attention(
+        *(case.queries(rows), k, v, k_cmp, v_cmp, case.gates[rows]),
+        *(cu_seqlens(counts, DEVICE), cu_seqlens([6000], DEVICE)),
+        cu_seqlens(case.num_windows(), DEVICE),
+        return_topk_idx=True,
+        **case.options,
+    )
+    same = (ids == truth_ids).all(-1).all(0)
+    assert same.float().mean() > 0.97
+    torch.testing.assert_close(o[same], truth[same], atol=0.02, rtol=0.02)
