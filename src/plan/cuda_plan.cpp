@@ -49,10 +49,11 @@ Choice choose_compress_kv(const Problem& problem) {
 }
 
 // Compressed and window attention.
-Choice choose_dense_attn(const Problem& problem, Arch arch) {
+Choice choose_dense_attn(const Problem& problem, Arch arch, size_t smem_per_cta) {
   Choice choice;
   choice.nearest = tile_text(kDenseAttnFwdTable.back());
-  choice.row = find_dense_attn_row(arch, problem.dtype, problem.head_dim, problem.head_dim_v);
+  choice.row = find_dense_attn_row(problem.pass, arch, static_cast<int64_t>(smem_per_cta),
+                                   problem.dtype, problem.head_dim, problem.head_dim_v);
   if (choice.row < 0) return choice;
   const DenseAttnConfig& config = problem.pass == Pass::kFwd
                                       ? row_of(kDenseAttnFwdTable, choice.row)
@@ -138,7 +139,7 @@ Choice choose(const Problem& problem, const DeviceInfo& device) {
       return choose_compress_kv(problem);
     case Op::kCompressedAttn:
     case Op::kWindowAttn:
-      return choose_dense_attn(problem, device.arch);
+      return choose_dense_attn(problem, device.arch, device.smem_per_cta);
     case Op::kSelectBlocks:
       return choose_select_blocks(problem, device.smem_per_cta);
     case Op::kBlockIndex:

@@ -11,40 +11,71 @@
 
 namespace fsattn {
 
-// A row serves head dims up to its own: smaller ones are padded with zeros in shared memory.
+// A row serves head dims up to its own: smaller ones are padded with zeros in shared memory. GPUs
+// have 99 (sm_86, sm_89), 163 (sm_80) or 227 KiB (sm_90) of it a CTA; where large tiles need more than
+// 99, a second row has smaller ones.
 struct DenseAttnConfig {
   Arch arch;
   DType dtype;
   int head_dim;
   int head_dim_v;
+  int smem_kib;  // that the device has to have
 };
 
-// Columns: arch, dtype, head_dim, head_dim_v. The first row that fits wins.
+// Columns: arch, dtype, head_dim, head_dim_v, smem_kib. The first row that fits wins.
 inline constexpr std::array kDenseAttnFwdTable{
-    DenseAttnConfig{Arch::kSm90a, DType::kBFloat16, 128, 128},
-    DenseAttnConfig{Arch::kSm90a, DType::kFloat16,  128, 128},
-    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 64,  64 },
-    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 128, 128},
-    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 192, 128},
-    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 256, 256},
-    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  64,  64 },
-    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  128, 128},
-    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  192, 128},
-    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  256, 256},
+    DenseAttnConfig{Arch::kSm90a, DType::kBFloat16, 128, 128, 227},
+    DenseAttnConfig{Arch::kSm90a, DType::kFloat16,  128, 128, 227},
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 64,  64,  99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 128, 128, 99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 192, 128, 99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 256, 256, 163},
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 256, 256, 99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  64,  64,  99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  128, 128, 99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  192, 128, 99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  256, 256, 163},
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  256, 256, 99 },
 };
-inline constexpr std::array kDenseAttnBwdTable = kDenseAttnFwdTable;
+inline constexpr std::array kDenseAttnBwdTable{
+    DenseAttnConfig{Arch::kSm90a, DType::kBFloat16, 128, 128, 227},
+    DenseAttnConfig{Arch::kSm90a, DType::kFloat16,  128, 128, 227},
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 64,  64,  99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 128, 128, 163},
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 128, 128, 99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 192, 128, 99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 256, 256, 163},
+    DenseAttnConfig{Arch::kSm80,  DType::kBFloat16, 256, 256, 99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  64,  64,  99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  128, 128, 163},
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  128, 128, 99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  192, 128, 99 },
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  256, 256, 163},
+    DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  256, 256, 99 },
+};
 
-// Returns the row of either table, or -1 when no kernel fits. The wgmma rows take head dims above
-// 64: smaller ones lose more to the padding than wgmma wins.
-constexpr int find_dense_attn_row(Arch arch, DType dtype, int64_t head_dim, int64_t head_dim_v) {
-  for (std::size_t row = 0; row < kDenseAttnFwdTable.size(); ++row) {
-    const DenseAttnConfig& config = kDenseAttnFwdTable[row];
+// Returns the row of a table, or -1 when no kernel fits. The wgmma rows take head dims above 64:
+// smaller ones lose more to the padding than wgmma wins.
+template <class Table>
+constexpr int find_dense_attn_row(const Table& table, Arch arch, int64_t smem_per_cta, DType dtype,
+                                  int64_t head_dim, int64_t head_dim_v) {
+  for (std::size_t row = 0; row < table.size(); ++row) {
+    const DenseAttnConfig& config = table[row];
     if (config.arch == Arch::kSm90a && (arch != Arch::kSm90a || head_dim <= 64)) continue;
+    if (config.smem_kib * int64_t{1024} > smem_per_cta) continue;
     if (config.dtype == dtype && config.head_dim >= head_dim && config.head_dim_v >= head_dim_v) {
       return static_cast<int>(row);
     }
   }
   return -1;
+}
+
+constexpr int find_dense_attn_row(Pass pass, Arch arch, int64_t smem_per_cta, DType dtype,
+                                  int64_t head_dim, int64_t head_dim_v) {
+  return pass == Pass::kFwd ? find_dense_attn_row(kDenseAttnFwdTable, arch, smem_per_cta, dtype,
+                                                  head_dim, head_dim_v)
+                            : find_dense_attn_row(kDenseAttnBwdTable, arch, smem_per_cta, dtype,
+                                                  head_dim, head_dim_v);
 }
 
 // The dK, dV loop of compressed attention visits every later query of every head of the group, and
@@ -86,11 +117,19 @@ constexpr size_t dense_attn_workspace(const Problem& p) {
                                  .bytes);
 }
 
-static_assert(find_dense_attn_row(Arch::kSm90a, DType::kBFloat16, 96, 96) == 0);
-static_assert(find_dense_attn_row(Arch::kSm90a, DType::kBFloat16, 64, 64) == 2);
-static_assert(find_dense_attn_row(Arch::kSm80, DType::kBFloat16, 96, 96) == 3);
-static_assert(find_dense_attn_row(Arch::kSm80, DType::kFloat16, 192, 192) == 9);
-static_assert(find_dense_attn_row(Arch::kSm90a, DType::kFloat32, 64, 64) == -1);
+// Of bfloat16, with equal head dims.
+constexpr int example_dense_attn_row(Pass pass, Arch arch, int smem_kib, int64_t head_dim) {
+  return find_dense_attn_row(pass, arch, smem_kib * int64_t{1024}, DType::kBFloat16, head_dim,
+                             head_dim);
+}
+static_assert(example_dense_attn_row(Pass::kFwd, Arch::kSm90a, 227, 96) == 0);
+static_assert(example_dense_attn_row(Pass::kFwd, Arch::kSm90a, 227, 64) == 2);
+static_assert(example_dense_attn_row(Pass::kFwd, Arch::kSm80, 163, 192) == 5);
+static_assert(example_dense_attn_row(Pass::kFwd, Arch::kSm80, 99, 256) == 6);
+static_assert(example_dense_attn_row(Pass::kBwd, Arch::kSm80, 163, 96) == 3);
+static_assert(example_dense_attn_row(Pass::kBwd, Arch::kSm80, 99, 96) == 4);
+static_assert(find_dense_attn_row(Pass::kBwd, Arch::kSm90a, 227 * 1024, DType::kFloat32, 64, 64) ==
+              -1);
 static_assert(compressed_attn_bwd_splits(1) == 1 && compressed_attn_bwd_splits(12) == 6);
 
 }  // namespace fsattn

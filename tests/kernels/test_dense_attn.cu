@@ -11,6 +11,7 @@ namespace {
 
 int num_failed = 0, num_cases = 0;
 Arch arch = Arch::kSm80;  // the rows under test
+int64_t smem_kib = 163;
 
 void check(bool ok, const char* what, const Shape& s, double value) {
   if (ok) return;
@@ -63,7 +64,7 @@ void fill_common(auto& attn, const Shape& s, const Batch& b, Device& d, double s
 void run_fwd(const Shape& s, const Batch& b, Device& d, double scale) {
   AttnFwdTensors attn{};
   fill_common(attn, s, b, d, scale);
-  const int row = find_dense_attn_row(arch, s.dtype, s.dim, s.dim_v);
+  const int row = find_dense_attn_row(Pass::kFwd, arch, smem_kib * 1024, s.dtype, s.dim, s.dim_v);
   if (s.window >= 0) {
     launch_window_attn_fwd(row, {attn, {s.window}, 0, {}}, nullptr);
   } else {
@@ -86,7 +87,7 @@ void run_bwd(const Shape& s, const Batch& b, Device& d, double scale, bool accum
   attn.dk = d.dk.rows();
   attn.dv = d.dv.rows();
   attn.accumulate_dq = attn.accumulate_dkv = accumulate;
-  const int row = find_dense_attn_row(arch, s.dtype, s.dim, s.dim_v);
+  const int row = find_dense_attn_row(Pass::kBwd, arch, smem_kib * 1024, s.dtype, s.dim, s.dim_v);
   if (s.window >= 0) {
     launch_window_attn_bwd(row, {attn, {s.window}, 0, scratch}, nullptr);
   } else {
@@ -377,12 +378,17 @@ void time_shape(int heads_q, int heads_kv, int dim, int dim_v, int tokens, int w
 }  // namespace
 }  // namespace fsattn::test
 
-// test_dense_attn [sm90] [tiny | time [tokens]]
+// test_dense_attn [sm90 | small] [tiny | time [tokens]]
 int main(int argc, char** argv) {
   using namespace fsattn::test;
   if (is_skipped(argc, argv)) return 0;
   if (argc > 1 && !std::strcmp(argv[1], "sm90")) {
     arch = fsattn::Arch::kSm90a;
+    smem_kib = 227;
+    --argc;
+    ++argv;
+  } else if (argc > 1 && !std::strcmp(argv[1], "small")) {
+    smem_kib = 99;
     --argc;
     ++argv;
   }

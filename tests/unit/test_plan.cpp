@@ -138,6 +138,20 @@ TEST(cuda_plans_exist_for_every_shape_of_the_contract) {
   }
 }
 
+TEST(attention_over_intervals_fits_99_kib_of_shared_memory) {
+  const DeviceInfo small = cuda_with(Arch::kSm80, 99 * 1024);
+  for (const Op op : {Op::kCompressedAttn, Op::kWindowAttn}) {
+    for (const int64_t head_dim : {8, 64, 96, 128, 192, 256}) {
+      Problem problem = llama(op, Pass::kBwd, DeviceType::kCuda);
+      problem.head_dim = problem.head_dim_v = head_dim;
+      const bool has_smaller_tiles = head_dim != 8 && head_dim != 64;
+      EXPECT_EQ(make_plan(problem, small).row != make_plan(problem, kA100).row, has_smaller_tiles);
+      problem.pass = Pass::kFwd;
+      EXPECT_EQ(make_plan(problem, small).row != make_plan(problem, kA100).row, head_dim > 128);
+    }
+  }
+}
+
 TEST(cuda_plans_of_every_block_size_and_topk) {
   for (const int64_t block_size : {16, 32, 64, 128, 256}) {
     for (const int64_t topk : {1, 16, 128}) {

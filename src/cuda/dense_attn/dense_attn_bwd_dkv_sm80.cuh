@@ -5,7 +5,8 @@
 //          group.
 // Shapes   params/attention.h; delta: dense_attn_delta.cuh; the visible interval: device/band.h.
 // Tiles    one CTA of 8 warps per (128 keys of a sequence, KV head, part of the group's heads), 64
-//          queries a step in two stages. 64 keys and 32 queries where a head dim exceeds 128.
+//          queries a step in two stages. 64 keys and 32 queries where a head dim exceeds 128, or 64
+//          on a device with 99 KiB of shared memory; there 4 warps and 32 keys at head_dim 256.
 // Roles    dK and dV of the same 32 keys do not fit the registers of one warp (2 x 128), so that
 //          two warps share them: warp i computes P and dV, warp i + 4 dP, dS and dK. Both do two
 //          products of equal size and differ in their operands alone; P goes from one to the other
@@ -26,10 +27,13 @@ template <DenseAttnConfig kConfig>
 struct DenseDkvTraits {
   using Element = device::ElementOf<kConfig.dtype>;
   static constexpr int kDim = kConfig.head_dim, kDimV = kConfig.head_dim_v;
-  static constexpr int kM = kDim <= 128 ? 2 : 1;
-  static constexpr int kPairs = 4, kThreads = 2 * kPairs * device::kWarpSize;
+  static constexpr bool kHasLittle = kConfig.smem_kib < 163;  // shared memory
+  static constexpr bool kIsNarrow = kDim > (kHasLittle ? 64 : 128);
+  static constexpr int kM = kIsNarrow ? 1 : 2;
+  static constexpr int kPairs = kHasLittle && kDim > 192 ? 2 : 4;
+  static constexpr int kThreads = 2 * kPairs * device::kWarpSize;
   static constexpr int kKeysPerPair = 16 * kM, kTileKv = kPairs * kKeysPerPair;
-  static constexpr int kTileQ = kDim <= 128 ? 64 : 32;
+  static constexpr int kTileQ = kIsNarrow ? 32 : 64;
   static constexpr int kStages = 2;
   static constexpr int kKBytes = device::tile_bytes<kDim>(kTileKv);
   static constexpr int kVBytes = device::tile_bytes<kDimV>(kTileKv);
@@ -41,6 +45,7 @@ struct DenseDkvTraits {
   static constexpr int kExchangeBytes = kPackedP * 4 * device::kWarpSize;
   static constexpr int kExchangeOffset = kKBytes + kVBytes + kStages * kStageBytes;
   static constexpr int kSmemBytes = kExchangeOffset + kPairs * kExchangeBytes;
+  static_assert(kSmemBytes + 256 <= kConfig.smem_kib * 1024);  // 256: KeyTileWork and alignment
   static_assert(kStatsBytes % 128 == 0 && 2 * kTileQ <= kThreads);
 };
 
@@ -373,7 +378,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                               const __grid_constant__ DenseBwdBuffers buffers) {
   using namespace device;
   using Element = typename Traits::Element;
-  extern __shared__ __align__(1024) unsigned char smem[];
+  extern __shared__ __align__(128) unsigned char smem[];
   __shared__ KeyTileWork work;
   const int thread = threadIdx.x;
   if (thread == 0) work = find_key_tile<Traits::kTileKv>(p, keys, buffers.splits);

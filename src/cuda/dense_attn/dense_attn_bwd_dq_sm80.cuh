@@ -4,7 +4,7 @@
 // Shapes   params/attention.h; delta: dense_attn_delta.cuh; the visible interval: device/band.h.
 // Tiles    one CTA of 4 warps per (128 queries, head), 32 keys a step in two stages. A warp owns 32
 //          rows: S, dP and dQ take 32 + 32 + 128 registers. 64 queries where a head dim exceeds
-//          128.
+//          128; 16 keys at head_dim 256 on a device with 99 KiB of shared memory.
 // Memory   Q, dO and two stages of K and V: 96 KB at head_dim 128, two CTAs an SM.
 // Bound    tensor cores: 768 FLOP a (query, key) at head_dim 128.
 // Numbers  scores, dP and dQ fp32; dS rounded to the input type before dS K. No atomics.
@@ -22,13 +22,15 @@ struct DenseDqTraits {
   static constexpr int kM = kDim <= 128 ? 2 : 1;
   static constexpr int kRowsPerWarp = 16 * kM;
   static constexpr int kWarps = 4, kThreads = kWarps * device::kWarpSize;
-  static constexpr int kTileQ = kWarps * kRowsPerWarp, kTileKv = 32, kStages = 2;
+  static constexpr int kTileQ = kWarps * kRowsPerWarp, kStages = 2;
+  static constexpr int kTileKv = kDim > 192 && kConfig.smem_kib < 163 ? 16 : 32;
   static constexpr int kMinCtas = kDim <= 192 ? 2 : 1;
   static constexpr int kQBytes = device::tile_bytes<kDim>(kTileQ);
   static constexpr int kDoutBytes = device::tile_bytes<kDimV>(kTileQ);
   static constexpr int kKBytes = device::tile_bytes<kDim>(kTileKv);
   static constexpr int kStageBytes = kKBytes + device::tile_bytes<kDimV>(kTileKv);
   static constexpr int kSmemBytes = kQBytes + kDoutBytes + kStages * kStageBytes;
+  static_assert(kSmemBytes + kTileQ * 8 + 128 + sizeof(QueryTileWork) <= kConfig.smem_kib * 1024);
   static_assert(kDimV <= kDim && kTileQ <= kThreads);
 };
 
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kM, kN = Traits::kTileKv / 8, kThreads = Traits::kThreads;
   constexpr int kTileKv = Traits::kTileKv;
-  extern __shared__ __align__(1024) unsigned char smem[];
+  extern __shared__ __align__(128) unsigned char smem[];
   __shared__ QueryTileWork shared_work;
   __shared__ float2 stats[Traits::kTileQ];
   const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;

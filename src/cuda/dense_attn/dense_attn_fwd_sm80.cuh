@@ -5,7 +5,8 @@
 // Shapes   params/attention.h; the visible interval: device/band.h.
 // Tiles    one CTA per (128 queries of a sequence, head), 64 keys a step. A warp owns 32 rows, so
 //          that each K and V fragment that ldmatrix brings feeds four products; 16 rows at head_dim
-//          256, where the output of 32 does not fit the registers.
+//          256, where the output of 32 does not fit the registers. 32 keys a step at head_dim 256 on a
+//          device with 99 KiB of shared memory.
 // Order    latest queries first: they see the most compressed keys. Heads are the fastest index, so
 //          that the heads of a group read the same K and V from L2.
 // Memory   Q + one tile of K + one of V: 64 KB at head_dim 128, two CTAs an SM. V of a step is
@@ -26,13 +27,14 @@ struct DenseFwdTraits {
   static constexpr int kDim = kConfig.head_dim, kDimV = kConfig.head_dim_v;
   static constexpr int kM = kDimV <= 128 ? 2 : 1;  // m16 tiles of a warp
   static constexpr int kRowsPerWarp = 16 * kM;
-  static constexpr int kTileQ = 128, kTileKv = 64;
+  static constexpr int kTileQ = 128, kTileKv = kDim > 192 && kConfig.smem_kib < 163 ? 32 : 64;
   static constexpr int kWarps = kTileQ / kRowsPerWarp, kThreads = kWarps * device::kWarpSize;
   static constexpr int kMinCtas = kM == 2 ? 2 : 1;
   static constexpr int kQBytes = device::tile_bytes<kDim>(kTileQ);
   static constexpr int kKBytes = device::tile_bytes<kDim>(kTileKv);
   static constexpr int kVBytes = device::tile_bytes<kDimV>(kTileKv);
   static constexpr int kSmemBytes = kQBytes + kKBytes + kVBytes;
+  static_assert(kSmemBytes + 128 + sizeof(QueryTileWork) <= kConfig.smem_kib * 1024);
   static_assert(kDimV <= kDim);  // the output goes through the memory of the queries
 };
 
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   using namespace device;
   using Element = typename Traits::Element;
   constexpr int kM = Traits::kM, kTileKv = Traits::kTileKv, kN = kTileKv / 8;
-  extern __shared__ __align__(1024) unsigned char smem[];
+  extern __shared__ __align__(128) unsigned char smem[];
   __shared__ QueryTileWork shared_work;
   if (threadIdx.x == 0) shared_work = find_query_tile<Traits::kTileQ>(p, keys);
   __syncthreads();

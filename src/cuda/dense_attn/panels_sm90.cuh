@@ -29,14 +29,29 @@ __device__ __forceinline__ void load_panels(uint32_t tile, const device::MatrixV
   }
 }
 
+// Operand descriptors (wgmma_descriptor) as their low word, which a step of the address is simply
+// added to. It has to be the same value in all lanes and known to be: then the additions run in the
+// uniform datapath. Derived from one address a product, they cost as many issue slots as the softmax.
+__device__ __forceinline__ uint32_t operand(uint32_t tile, uint32_t panel_bytes) {
+  return __shfl_sync(device::kFullMask, tile >> 4 | panel_bytes >> 4 << 16, 0);
+}
+__device__ __forceinline__ uint32_t k_major(uint32_t tile) { return operand(tile, 16); }
+__device__ __forceinline__ uint32_t mn_major(uint32_t tile) { return operand(tile, kPanelBytes); }
+
+__device__ __forceinline__ uint64_t descriptor(uint32_t low_word) {
+  // 128-byte swizzle, groups of 8 rows 1024 bytes apart.
+  return uint64_t{0x40000040} << 32 | low_word;
+}
+
 // Issues acc = A B^T over 128 columns; A and B are panel tiles of 64 rows. The caller commits.
 template <class Element>
 __device__ __forceinline__ void panel_product(float (&acc)[32], uint32_t a, uint32_t b) {
+  const uint32_t a_word = k_major(a), b_word = k_major(b);
 #pragma unroll
   for (int kk = 0; kk < kPanelDim / 16; ++kk) {
-    const uint32_t at = kk / 4 * kPanelBytes + kk % 4 * 32;
-    device::wgmma_ss_m64n64k16<Element>(acc, device::wgmma_descriptor(a + at, 16),
-                                        device::wgmma_descriptor(b + at, 16), kk > 0);
+    const uint32_t at = (kk / 4 * kPanelBytes + kk % 4 * 32) >> 4;
+    device::wgmma_ss_m64n64k16<Element>(acc, descriptor(a_word + at), descriptor(b_word + at),
+                                        kk > 0);
   }
 }
 
@@ -45,12 +60,12 @@ __device__ __forceinline__ void panel_product(float (&acc)[32], uint32_t a, uint
 template <class Element>
 __device__ __forceinline__ void packed_product(float (&acc)[64], const uint32_t (&p)[1][8][2],
                                                uint32_t b) {
+  const uint32_t b_word = mn_major(b);
 #pragma unroll
   for (int kk = 0; kk < kPanelRows / 16; ++kk) {
     const uint32_t a[4] = {p[0][2 * kk][0], p[0][2 * kk][1], p[0][2 * kk + 1][0],
                            p[0][2 * kk + 1][1]};
-    device::wgmma_m64n128k16_mn_major<Element>(
-        acc, a, device::wgmma_descriptor(b + kk * 2048, kPanelBytes), 1);
+    device::wgmma_m64n128k16_mn_major<Element>(acc, a, descriptor(b_word + kk * (2048 >> 4)), 1);
   }
 }
 
