@@ -64,7 +64,12 @@ def table(records: list[dict]) -> str:
             _number(r["peak_extra_bytes"], _MIB), _number(r["workspace_bytes"], _MIB),
             "-" if speedup is None else f"{_number(speedup)} x",
         ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    return markdown(rows)
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """A table whose first row is its head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)

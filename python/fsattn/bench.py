@@ -1,5 +1,6 @@
 """python -m fsattn bench: time and memory of the operators, against dense attention.
 
+`bench decode` measures decoding over a paged cache instead and has options of its own.
 docs/benchmarks.md explains what is measured and how to read it.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import __version__, _library, explain
+from . import __version__, _bench_decode, _library, explain
 from ._bench_cases import OPERATORS, Case, Problem, make_cases
 from ._bench_configs import CONFIGS, PUBLISHED
 from ._bench_measure import Effort, Rates, measure, measure_rates
@@ -277,6 +278,8 @@ def _run(options: argparse.Namespace, lines: Path) -> list[dict]:
 
 def main(argv: list[str]) -> int:
     """Measures what the arguments name; returns 1 if an operator of this library failed."""
+    if argv and argv[0] == "decode":
+        return _bench_decode.main(argv[1:], _environment)
     options = _parser().parse_args(argv)
     _fill_defaults(options)
     options.out.mkdir(parents=True, exist_ok=True)
