@@ -251,7 +251,7 @@ def _cases(shape: Shape, seed: int) -> Iterator[tuple[str, str, int, Callable[[]
         yield "dense decode", name, shape.dense_bytes(), call
 
 
-def _prefill_cases(shape: Shape, seed: int) -> Iterator[tuple[str, str, int, Callable]]:
+def _prefill_cases(shape: Shape, seed: int) -> Iterator[tuple[str, str, int | None, Callable]]:
     """A prompt of `context` tokens in chunks of `new` over the pages, and in one forward pass."""
     cache, c = Cache(shape, seed), shape.config
 
@@ -260,7 +260,7 @@ def _prefill_cases(shape: Shape, seed: int) -> Iterator[tuple[str, str, int, Cal
             cache.move_to(start)
             cache.step()
 
-    yield "prefill in chunks", "fsattn", 0, in_chunks
+    yield "prefill in chunks", "fsattn", None, in_chunks
     total, cu = shape.batch * shape.context, torch.arange(shape.batch + 1, dtype=torch.int32)
     cu = (cu * shape.context).to(shape.device)
     q, k, v = (
@@ -290,7 +290,7 @@ def _prefill_cases(shape: Shape, seed: int) -> Iterator[tuple[str, str, int, Cal
             window_size=c.window_size,
         )
 
-    yield "prefill at once", "fsattn", 0, at_once
+    yield "prefill at once", "fsattn", None, at_once
 
 
 def _fits(shape: Shape) -> bool:
@@ -324,8 +324,9 @@ def _measure(
             # A prompt is computed once; its lengths are known to the host.
             timed = call if is_prefill else _graphed(call, shape.device)
             found = measure(timed, shape.device, effort)
-            floor = 1e6 * size / rates.bytes
-            record.update(us=1e3 * found.median, floor_us=floor, bytes=size)
+            record.update(us=1e3 * found.median)
+            if size is not None:
+                record.update(floor_us=1e6 * size / rates.bytes, bytes=size)
         except (RuntimeError, NotImplementedError) as error:
             record["error"] = f"{type(error).__name__}: {error}"[:300]
         yield record
@@ -347,11 +348,13 @@ def _table(records: list[dict]) -> str:
         if r["us"] is None:
             rows.append((*what, r["operator"] or "-", r["skipped"] or r["error"][:60], *"----"))
             continue
+        floor = ("-", "-")
+        if r["floor_us"] is not None:
+            floor = (f"{r['floor_us']:.1f}", f"{100 * r['floor_us'] / r['us']:.0f} %")
         is_decode = key in dense and r["operator"] in ("decode", "append + decode")
         speedup = f"{dense[key] / r['us']:.2f} x" if is_decode else "-"
         rows.append((
-            *what, r["operator"], r["implementation"], f"{r['us']:.1f}", f"{r['floor_us']:.1f}",
-            f"{100 * r['floor_us'] / r['us']:.0f} %", speedup,
+            *what, r["operator"], r["implementation"], f"{r['us']:.1f}", *floor, speedup,
         ))  # fmt: skip
     return markdown(rows)
 
