@@ -11,6 +11,7 @@ namespace {
 const char* refuse_decode(const PagedProblem& p, const DeviceInfo& device, int row) {
   if (row < 0) return "no fused row for the dtype and head_dim";
   if (p.max_q > kDecodeMaxQueries) return "more new tokens than the fused kernels take";
+  if (p.group_size() > kDecodeMaxGroup) return "a larger group than the fused kernels take";
   if (p.topk > kDecodeMaxTopk) return "more blocks than the fused kernels take";
   constexpr size_t kStatic = 4096;  // shared memory that is not counted by the table
   size_t smem = decode_smem(kDecodeTable[static_cast<size_t>(row)]);
@@ -35,13 +36,14 @@ PagedChoice choose_decode(const PagedProblem& p, const DeviceInfo& device) {
   }
   const bool is_nsa = p.op == PagedOp::kAttn;
   const int64_t max_cmp = is_nsa ? num_windows(p.max_k, p.kernel_size, p.kernel_stride) : 0;
+  const int64_t max_blocks = is_nsa ? ceil_div(p.max_k, p.block_size) : 0;
   choice.row = row;
   choice.tuning.cmp_split = kDecodeSplit;
   const DecodeSplits splits =
       decode_splits(max_cmp, kDecodeSplit, p.block_size, p.topk, is_nsa ? p.window_size : 0);
   choice.scratch_bytes =
       static_cast<size_t>(decode_scratch(p.batch * p.num_heads_kv, p.max_q, p.group_size(),
-                                         p.head_dim_v, max_cmp, splits, is_nsa)
+                                         p.head_dim_v, max_cmp, max_blocks, splits, is_nsa)
                               .bytes);
   choice.reason = "few new tokens a sequence";
   return choice;

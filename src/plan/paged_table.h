@@ -62,8 +62,11 @@ inline constexpr int64_t kDecodeRows = 16;
 inline constexpr int64_t kDecodeSplit = 512;
 inline constexpr int64_t kDecodeMaxQueries = 8;
 inline constexpr int64_t kDecodeMaxTopk = 128;
-inline constexpr int64_t kDecodeMaxBlocks =
-    32768;  // of a sequence: their scores lie in shared memory
+inline constexpr int64_t kDecodeMaxGroup = 64;
+// Of a sequence: their scores lie in shared memory. More than kDecodePooledBlocks of them are scored by
+// a kernel of its own.
+inline constexpr int64_t kDecodeMaxBlocks = 32768;
+inline constexpr int64_t kDecodePooledBlocks = 2048;
 
 // Shared memory of a CTA: 16 queries, and for each of four warps a ring of chunks of 16 keys.
 constexpr int decode_stages(int head_dim, int head_dim_v) {
@@ -113,15 +116,17 @@ struct DecodeScratch {
   int64_t cmp_lse;   // fp32 [units, splits.cmp, rows], natural logarithm
   int64_t part_o;    // fp32 [units, rows, parts, Dv]: compressed, window splits, selected splits
   int64_t part_lse;  // fp32 [units, rows, parts]
-  int64_t counters;  // int32 [units, max_q]: CTAs that have finished
+  int64_t block_scores;  // uint32 [units, max_q, block_scores_pitch]; none for short sequences
+  int64_t counters;      // int32 [units, max_q]: CTAs that have finished
   int64_t scores_pitch;
+  int64_t block_scores_pitch;
   int64_t parts;
   int64_t bytes;
 };
 
 // Without compression and window (max_cmp and splits.win 0) the selected branch is alone.
 constexpr DecodeScratch decode_scratch(int64_t units, int64_t max_q, int64_t group_size,
-                                       int64_t head_dim_v, int64_t max_cmp,
+                                       int64_t head_dim_v, int64_t max_cmp, int64_t max_blocks,
                                        const DecodeSplits& splits, bool is_nsa) {
   const int64_t rows = units * max_q * group_size;
   int64_t at = 0;
@@ -138,6 +143,8 @@ constexpr DecodeScratch decode_scratch(int64_t units, int64_t max_q, int64_t gro
   s.cmp_lse = take(is_nsa ? rows * splits.cmp * 4 : 0);
   s.part_o = take(rows * s.parts * head_dim_v * 4);
   s.part_lse = take(rows * s.parts * 4);
+  s.block_scores_pitch = max_blocks > kDecodePooledBlocks ? round_up(max_blocks, int64_t{32}) : 0;
+  s.block_scores = take(units * max_q * s.block_scores_pitch * 4);
   s.counters = take(units * max_q * 4);
   s.bytes = at;
   return s;

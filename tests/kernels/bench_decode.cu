@@ -109,7 +109,7 @@ void run(const Config& c) {
   const DecodeSplits splits = decode_splits(max_cmp, p.tuning.cmp_split, kBlock, kTopk, kWindow);
   const DeviceArray<char> scratch(
       size_t(decode_scratch(int64_t{c.batch} * c.heads_kv, 1, c.heads_q / c.heads_kv, kDim, max_cmp,
-                            splits, true)
+                            c.context / kBlock, splits, true)
                  .bytes));
   p.scratch = {scratch.data, scratch.size};
   FSATTN_CUDA_CHECK(cudaDeviceSynchronize());

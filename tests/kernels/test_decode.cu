@@ -84,9 +84,10 @@ struct Call {
     return {x.data, heads_q() * width, width};
   }
   void need_scratch(const DecodeSplits& splits, int64_t max_cmp, bool is_nsa) {
-    scratch = DeviceArray<char>(size_t(
-        decode_scratch(s.batch() * s.heads_kv, max_q, s.group, s.dim_v, max_cmp, splits, is_nsa)
-            .bytes));
+    const int64_t blocks = is_nsa ? (max_k + s.block - 1) / s.block : 0;
+    scratch = DeviceArray<char>(size_t(decode_scratch(s.batch() * s.heads_kv, max_q, s.group,
+                                                      s.dim_v, max_cmp, blocks, splits, is_nsa)
+                                           .bytes));
     scratch.poison();
   }
 
@@ -353,6 +354,20 @@ TEST(geometries) {
   s = ragged();
   s.size = 8, s.stride = 4, s.block = 16, s.page = 16, s.topk = 128, s.window = 100;
   check("8/4/16, topk 128", s);
+}
+
+// Bounds for long sequences: a kernel of its own scores the blocks, in several steps.
+TEST(long_sequences) {
+  Case s = ragged();
+  s.size = 8, s.stride = 4, s.block = 16, s.page = 16;
+  s.heads_kv = 1;
+  s.len = {20000, 300, 9};
+  s.new_q = {1, 2, 1};
+  s.max_k = 40000;
+  check("8/4/16, 20000 tokens", s);
+  s = ragged();
+  s.max_k = 200000;
+  check("bounds for 200000 tokens", s);
 }
 
 TEST(selection_options) {

@@ -16,12 +16,14 @@ struct DecodeArgs {
   // Scratch memory: plan/paged_table.h.
   float *scores, *cmp_o, *cmp_lse, *part_o, *part_lse;
   int32_t* counters;
-  int64_t scores_pitch;
+  uint32_t* block_scores;
+  int64_t scores_pitch, block_scores_pitch;
   int32_t* topk_idx;  // [Hkv, total_q, topk] by strides
   int64_t topk_head_stride, topk_token_stride;
   int batch, heads_kv, group, max_q;
   int head_dim, head_dim_v;
   float softmax_scale;
+  int max_blocks;  // of a sequence
   int block_size, topk, init_blocks, local_blocks, window_size;
   int cmp_split, cmp_splits;
   int sel_entries, sel_splits, win_keys, win_splits, parts;

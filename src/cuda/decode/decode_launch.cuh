@@ -53,7 +53,9 @@ inline void set_decode_splits(DecodeArgs& args, const DecodeSplits& splits, cons
   args.part_o = floats(at.part_o);
   args.part_lse = floats(at.part_lse);
   args.counters = reinterpret_cast<int32_t*>(floats(at.counters));
+  args.block_scores = reinterpret_cast<uint32_t*>(floats(at.block_scores));
   args.scores_pitch = at.scores_pitch;
+  args.block_scores_pitch = at.block_scores_pitch;
   args.parts = static_cast<int>(at.parts);
   args.cmp_splits = static_cast<int>(splits.cmp);
   args.sel_entries = static_cast<int>(splits.sel_entries);
@@ -99,12 +101,13 @@ inline DecodeArgs decode_args(const PagedAttnParams& p) {
   args.has_sigmoid = p.activation == GateActivation::kSigmoid;
   args.rounds_to_bf16 = p.score_dtype == ScoreDType::kBFloat16;
   args.group_reduce = p.group_reduce;
+  args.max_blocks = static_cast<int>(ceil_div(p.packing.max_k, p.block_size));
   const int64_t max_cmp = num_windows(p.packing.max_k, p.kernel_size, p.kernel_stride);
   const DecodeSplits splits =
       decode_splits(max_cmp, p.tuning.cmp_split, p.block_size, p.topk, p.window_size);
   set_decode_splits(args, splits,
                     decode_scratch(int64_t{args.batch} * args.heads_kv, args.max_q, args.group,
-                                   args.head_dim_v, max_cmp, splits, true),
+                                   args.head_dim_v, max_cmp, args.max_blocks, splits, true),
                     p.scratch.data);
   return args;
 }
@@ -121,7 +124,7 @@ inline DecodeArgs decode_args(const PagedSelectedParams& p) {
   const DecodeSplits splits = decode_splits(0, kDecodeSplit, p.mask.block_size, p.mask.topk, 0);
   set_decode_splits(args, splits,
                     decode_scratch(int64_t{args.batch} * args.heads_kv, args.max_q, args.group,
-                                   args.head_dim_v, 0, splits, false),
+                                   args.head_dim_v, 0, 0, splits, false),
                     p.scratch.data);
   return args;
 }
@@ -133,6 +136,22 @@ void launch_decode_branches(const DecodeArgs& args, bool overlaps, Stream stream
   const int64_t units = int64_t{args.batch} * args.heads_kv;
   launch_decode_kernel(decode_branches_kernel<Traits>, units * (grid.early + grid.late),
                        Traits::kThreads, Traits::kSmemBytes, overlaps, stream, args);
+}
+
+inline void launch_decode_select(const DecodeArgs& args, bool overlaps, Stream stream) {
+  const int64_t queries = int64_t{args.batch} * args.heads_kv * args.max_q;
+  const int smem = static_cast<int>(decode_select_smem(args.max_blocks));
+  constexpr int kThreads = kDecodeSelectThreads;
+  if (args.block_scores_pitch == 0) {
+    launch_decode_kernel(decode_select_kernel<kThreads, false>, queries, kThreads, smem, overlaps,
+                         stream, args);
+    return;
+  }
+  const int64_t steps = ceil_div(args.max_blocks, device::blocks_a_step(args));
+  launch_decode_kernel(decode_pool_kernel<kThreads>, queries * steps, kThreads, 0, overlaps, stream,
+                       args);
+  launch_decode_kernel(decode_select_kernel<kThreads, true>, queries, kThreads, smem, overlaps,
+                       stream, args);
 }
 
 template <DecodeConfig kConfig>
@@ -148,10 +167,7 @@ void launch_paged_attn(const PagedAttnParams& params, Stream stream) {
       decode_compressed_kernel<Traits>,
       std::max(std::min(items, int64_t{device.num_sms} * Traits::kMinCtas), int64_t{1}),
       Traits::kThreads, Traits::kSmemBytes, false, stream, args);
-  launch_decode_kernel(
-      decode_select_kernel<kDecodeSelectThreads>, units * args.max_q, kDecodeSelectThreads,
-      static_cast<int>(decode_select_smem(ceil_div(params.packing.max_k, params.block_size))),
-      device.has_overlap, stream, args);
+  launch_decode_select(args, device.has_overlap, stream);
   launch_decode_branches<kConfig>(args, device.has_overlap, stream);
 }
 

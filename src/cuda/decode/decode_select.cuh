@@ -6,6 +6,7 @@
 //          memory, the scores of all blocks that compete in shared memory.
 // Ranking  the bits of the worst score that is taken are found from the top, two at a time, by counting
 //          over the CTA; equal scores are taken in the order of their index. Exact and deterministic.
+// Long     from kDecodePooledBlocks blocks on decode_pool scores them first, one CTA a step.
 // Bound    latency: scores from L2, then 5 to 16 rounds of counting.
 #pragma once
 #include "cuda/decode/decode_args.cuh"
@@ -98,29 +99,57 @@ __device__ __forceinline__ float pool_block(const float* prob, int origin, int f
   return sum;
 }
 
-// Scores of the competing blocks as integers in score order; 0 ranks below every score.
-__device__ __forceinline__ void score_blocks(const DecodeArgs& p, const Competition& c,
-                                             const float* scores, const float* lse_log2,
-                                             int visible, float* prob, uint32_t* score) {
+// One query of one (sequence, KV head), and what it competes for.
+struct SelectQuery {
+  DecodeSequence s;
+  Competition c;
+  int seq, kv_head, unit, query, position;
+  bool is_query;
+};
+
+__device__ __forceinline__ SelectQuery find_query(const DecodeArgs& p, int index) {
+  SelectQuery q;
+  q.unit = index / p.max_q;
+  q.query = index - q.unit * p.max_q;
+  q.seq = q.unit / p.heads_kv;
+  q.kv_head = q.unit - q.seq * p.heads_kv;
+  q.s = find_sequence(p, q.seq);
+  q.position = q.s.position + q.query;
+  q.is_query = q.query < q.s.num_q;
+  q.c = find_competition(p, q.position, q.s.num_keys);
+  return q;
+}
+
+// Blocks whose windows fit a step of kDecodeSelectKeys.
+__host__ __device__ inline int blocks_a_step(const DecodeArgs& p) {
+  const int overlap = p.cmp_band.size / p.cmp_band.stride;
+  return (static_cast<int>(kDecodeSelectKeys) - (overlap - 1) - 3) /
+         (p.block_size / p.cmp_band.stride);
+}
+
+// Scores of the competing blocks base .. base + blocks_a_step() - 1 as integers in score order; 0 ranks
+// below every score.
+__device__ __forceinline__ void score_step(const DecodeArgs& p, const SelectQuery& q, int base,
+                                           const float* lse_log2, float* prob, uint32_t* score) {
   const int overlap = p.cmp_band.size / p.cmp_band.stride;
   const int per_block = p.block_size / p.cmp_band.stride;
-  const int step = (static_cast<int>(kDecodeSelectKeys) - (overlap - 1) - 3) / per_block;
-  for (int base = 0; base < c.count; base += step) {
-    const int blocks = min(step, c.count - base), first = (c.num_init + base) * per_block;
-    const int origin = max(first - (overlap - 1), 0) & ~3;
-    const int end = min(first + blocks * per_block, visible);
-    for (int w = origin + static_cast<int>(threadIdx.x) * 4; w < end;
-         w += kDecodeSelectThreads * 4) {
-      *reinterpret_cast<float4*>(prob + w - origin) = group_probability(p, scores + w, lse_log2);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < blocks; i += kDecodeSelectThreads) {
-      float sum = pool_block(prob, origin, first + i * per_block, end, overlap, per_block);
-      if (p.rounds_to_bf16) sum = __bfloat162float(__float2bfloat16_rn(sum));
-      score[base + i] = __float_as_uint(sum) + 1;
-    }
-    __syncthreads();
+  const int visible = min(p.cmp_band.last_key(q.position) + 1, q.s.num_cmp);
+  const float* scores =
+      p.scores + (static_cast<int64_t>(q.unit) * unit_rows(p) + q.query * p.group) * p.scores_pitch;
+  const int blocks = min(blocks_a_step(p), q.c.count - base);
+  const int first = (q.c.num_init + base) * per_block;
+  const int origin = max(first - (overlap - 1), 0) & ~3;
+  const int end = min(first + blocks * per_block, visible);
+  for (int w = origin + static_cast<int>(threadIdx.x) * 4; w < end; w += kDecodeSelectThreads * 4) {
+    *reinterpret_cast<float4*>(prob + w - origin) = group_probability(p, scores + w, lse_log2);
   }
+  __syncthreads();
+  for (int i = threadIdx.x; i < blocks; i += kDecodeSelectThreads) {
+    float sum = pool_block(prob, origin, first + i * per_block, end, overlap, per_block);
+    if (p.rounds_to_bf16) sum = __bfloat162float(__float2bfloat16_rn(sum));
+    score[base + i] = __float_as_uint(sum) + 1;
+  }
+  __syncthreads();
 }
 
 // Adds two 32-bit numbers of every thread over the CTA. `sums` holds two rounds of one pair a warp.
@@ -221,43 +250,62 @@ __device__ __forceinline__ void write_winners(const uint32_t* score, const Compe
 
 }  // namespace device
 
-// A template, so that the rows that launch it share one.
+// Long sequences: one CTA a step of windows, so that one CTA a query does not have to read them all.
+// Templates, so that the rows that launch them share one.
 template <int kThreads>
+__global__ void __launch_bounds__(kThreads, 2)
+    decode_pool_kernel(const __grid_constant__ DecodeArgs p) {
+  using namespace device;
+  static_assert(kThreads == kDecodeSelectThreads);
+  __shared__ __align__(16) float prob[kDecodeSelectKeys];
+  __shared__ float lse_log2[kDecodeMaxGroup];
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  const int steps = ceil_div(p.max_blocks, blocks_a_step(p)), index = blockIdx.x / steps;
+  const int base = (blockIdx.x - index * steps) * blocks_a_step(p);
+  const SelectQuery q = find_query(p, index);
+  if (!q.is_query || q.c.count <= q.c.room || base >= q.c.count) return;
+  combine_lse(p, q.unit, q.query * p.group, ceil_div(q.s.num_cmp, p.cmp_split), lse_log2);
+  __syncthreads();
+  score_step(p, q, base, lse_log2, prob, p.block_scores + index * p.block_scores_pitch);
+}
+
+template <int kThreads, bool kIsPooled>
 __global__ void __launch_bounds__(kThreads, 2)
     decode_select_kernel(const __grid_constant__ DecodeArgs p) {
   using namespace device;
   static_assert(kThreads == kDecodeSelectThreads);
   extern __shared__ __align__(16) float prob[];
-  __shared__ float lse_log2[64];
+  __shared__ float lse_log2[kDecodeMaxGroup];
   __shared__ uint2 sums[2 * kDecodeSelectThreads / kWarpSize];
   wait_for_previous_kernel();
   // The next kernel starts now: it has work that needs the compressed branch alone.
   allow_next_kernel();
-  const int unit = blockIdx.x / p.max_q, query = blockIdx.x - unit * p.max_q;
-  const int seq = unit / p.heads_kv, kv_head = unit - seq * p.heads_kv;
-  const DecodeSequence s = find_sequence(p, seq);
-  if (query >= s.num_q) return;
-  const int position = s.position + query, row = query * p.group;
-  const Competition c = find_competition(p, position, s.num_keys);
-  int32_t* out = p.topk_idx + kv_head * p.topk_head_stride +
-                 static_cast<int64_t>(s.token + query) * p.topk_token_stride;
+  const SelectQuery q = find_query(p, blockIdx.x);
+  if (!q.is_query) return;
+  const Competition& c = q.c;
+  int32_t* out = p.topk_idx + q.kv_head * p.topk_head_stride +
+                 static_cast<int64_t>(q.s.token + q.query) * p.topk_token_stride;
   const int ranked = min(c.room, c.count), total = c.num_init + ranked + c.num_local;
-  for (int i = threadIdx.x; i < p.topk; i += kDecodeSelectThreads) {
+  for (int i = threadIdx.x; i < p.topk; i += kThreads) {
     if (i < c.num_init) out[i] = i;
     if (i >= c.num_init + ranked) out[i] = i < total ? c.num_blocks - (total - i) : -1;
   }
   if (ranked == 0) return;
   uint32_t* score = reinterpret_cast<uint32_t*>(prob + kDecodeSelectKeys);
-  if (c.count > c.room) {
-    combine_lse(p, unit, row, ceil_div(s.num_cmp, p.cmp_split), lse_log2);
+  if (c.count <= c.room) {
+    for (int i = threadIdx.x; i < c.count; i += kThreads) score[i] = 1;
     __syncthreads();
-    const float* scores =
-        p.scores + (static_cast<int64_t>(unit) * unit_rows(p) + row) * p.scores_pitch;
-    const int visible = min(p.cmp_band.last_key(position) + 1, s.num_cmp);
-    score_blocks(p, c, scores, lse_log2, visible, prob, score);
+  } else if constexpr (kIsPooled) {
+    const uint32_t* from = p.block_scores + blockIdx.x * p.block_scores_pitch;
+    for (int i = threadIdx.x; i < c.count; i += kThreads) score[i] = __ldcg(from + i);
+    __syncthreads();
   } else {
-    for (int i = threadIdx.x; i < c.count; i += kDecodeSelectThreads) score[i] = 1;
+    combine_lse(p, q.unit, q.query * p.group, ceil_div(q.s.num_cmp, p.cmp_split), lse_log2);
     __syncthreads();
+    for (int base = 0; base < c.count; base += blocks_a_step(p)) {
+      score_step(p, q, base, lse_log2, prob, score);
+    }
   }
   const uint32_t threshold = find_threshold(score, c.count, c.room, sums);
   write_winners(score, c, threshold, reinterpret_cast<uint2*>(prob), out);

@@ -1,0 +1,122 @@
+// Which calls over a paged cache the fused CUDA kernels serve, and the memory that they ask for.
+#include "plan/paged_cuda.h"
+#include "plan/paged_table.h"
+#include "support/test.h"
+
+namespace fsattn::test {
+namespace {
+
+DeviceInfo cuda_with(Arch arch, size_t smem_per_cta) {
+  DeviceInfo device;
+  device.type = DeviceType::kCuda;
+  device.arch = arch;
+  device.smem_per_cta = smem_per_cta;
+  return device;
+}
+const DeviceInfo kH200 = cuda_with(Arch::kSm90a, 227 * 1024);
+const DeviceInfo kRtx = cuda_with(Arch::kSm80, 99 * 1024);
+
+// One token a sequence, 64K tokens of context.
+PagedProblem llama(PagedOp op) {
+  PagedProblem p;
+  p.op = op;
+  p.device = {DeviceType::kCuda, 0};
+  p.dtype = DType::kBFloat16;
+  p.batch = p.total_q = 16;
+  p.max_q = 1;
+  p.max_k = 65536;
+  p.num_heads_q = op == PagedOp::kAppend ? 0 : 32;
+  p.num_heads_kv = 8;
+  p.head_dim = p.head_dim_v = 128;
+  p.page_size = 64;
+  if (op != PagedOp::kSelected) {
+    p.cmp_page_size = 16;
+    p.kernel_size = 32;
+    p.kernel_stride = 16;
+  }
+  if (op != PagedOp::kAppend) {
+    p.block_size = 64;
+    p.topk = 16;
+  }
+  if (op == PagedOp::kAttn) p.window_size = 512;
+  return p;
+}
+
+TEST(the_first_row_that_fits_serves) {
+  PagedProblem p = llama(PagedOp::kAttn);
+  EXPECT_EQ(choose_paged_fused(p, kH200).row, 1);
+  p.head_dim = 192;
+  EXPECT_EQ(choose_paged_fused(p, kH200).row, 2);
+  p.head_dim_v = 192;
+  EXPECT_EQ(choose_paged_fused(p, kH200).row, 3);
+  p.dtype = DType::kFloat16;
+  EXPECT_EQ(choose_paged_fused(p, kH200).row, 7);
+  EXPECT_EQ(choose_paged_fused(llama(PagedOp::kSelected), kH200).row, 1);
+  EXPECT_EQ(choose_paged_fused(llama(PagedOp::kAppend), kH200).row, 0);
+}
+
+// Splits are constants: results do not depend on the batch or on the bounds.
+TEST(splits_do_not_depend_on_the_batch) {
+  PagedProblem p = llama(PagedOp::kAttn);
+  const PagedChoice one = choose_paged_fused(p, kH200);
+  p.batch = p.total_q = 1;
+  p.max_k = 1 << 20;
+  p.batch_invariant = true;
+  EXPECT_EQ(choose_paged_fused(p, kH200).tuning.cmp_split, one.tuning.cmp_split);
+}
+
+// 128 units of 4 rows; 4095 windows in 8 splits; 1 + 2 + 4 partial results a row.
+TEST(scratch_is_the_documented_sum) {
+  const size_t rows = 128 * 4;
+  const size_t want = rows * (4096 + 8 * 129 + 7 * 129) * 4 + 128 * 4;
+  EXPECT_EQ(choose_paged_fused(llama(PagedOp::kAttn), kH200).scratch_bytes, want);
+  EXPECT_EQ(choose_paged_fused(llama(PagedOp::kSelected), kH200).scratch_bytes,
+            rows * 4 * 129 * 4 + 128 * 4);
+}
+
+TEST(long_sequences_keep_block_scores) {
+  PagedProblem p = llama(PagedOp::kAttn);
+  const DecodeSplits splits = decode_splits(16, 512, 64, 16, 512);
+  EXPECT_EQ(decode_scratch(1, 2, 4, 128, 16, 2048, splits, true).block_scores_pitch, 0);
+  EXPECT_EQ(decode_scratch(1, 2, 4, 128, 16, 2049, splits, true).block_scores_pitch, 2080);
+  p.batch = p.total_q = 1;
+  p.max_k = 1 << 20;
+  EXPECT_EQ(choose_paged_fused(p, kH200).row, 1);
+}
+
+TEST(what_is_not_fused) {
+  const auto expect_refusal = [](PagedProblem p, const DeviceInfo& device, const char* reason) {
+    const PagedChoice choice = choose_paged_fused(p, device);
+    EXPECT_EQ(choice.row, -1);
+    EXPECT_EQ(choice.reason, std::string(reason));
+  };
+  PagedProblem p = llama(PagedOp::kAttn);
+  p.max_q = 9;
+  expect_refusal(p, kH200, "more new tokens than the fused kernels take");
+  p = llama(PagedOp::kAttn);
+  p.block_size = 16;
+  p.max_k = 1 << 20;
+  expect_refusal(p, kH200, "more blocks in a sequence than the fused kernels rank");
+  p = llama(PagedOp::kAttn);
+  p.num_heads_q = 8 * 65;
+  expect_refusal(p, kH200, "a larger group than the fused kernels take");
+  expect_refusal(llama(PagedOp::kAttn), kRtx, "the device has too little shared memory");
+  p = llama(PagedOp::kAppend);
+  p.max_q = 9;
+  expect_refusal(p, kH200, "more new tokens than the fused kernels take");
+  p = llama(PagedOp::kAppend);
+  p.compress_kind = CompressKind::kLinear;
+  p.kernel_size = 512;
+  expect_refusal(p, kH200, "the device has too little shared memory for a window");
+}
+
+TEST(copies_have_a_row_a_dtype) {
+  EXPECT_EQ(find_paged_copy_row(DType::kBFloat16), 0);
+  EXPECT_EQ(find_paged_copy_row(DType::kFloat16), 1);
+  EXPECT_EQ(find_paged_copy_row(DType::kFloat32), -1);
+}
+
+}  // namespace
+}  // namespace fsattn::test
+
+FSATTN_TEST_MAIN()
