@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .cache import CacheStep, PagedCache
 from .module import NativeSparseAttention
 from .rope import RopeConfig, rotate
 
@@ -94,6 +95,11 @@ class Layer(nn.Module):
         x = x + self.attention(self.attention_norm(x), cu_seqlens, max_seqlen)
         return x + self.mlp(self.mlp_norm(x))
 
+    def forward_cached(self, x: Tensor, step: CacheStep, layer: int) -> Tensor:
+        """The new tokens x of a step, as the cache's layer of this number."""
+        x = x + self.attention(self.attention_norm(x), cache=step, layer=layer)
+        return x + self.mlp(self.mlp_norm(x))
+
 
 class LanguageModel(nn.Module):
     """Predicts the next byte. The embedding is also the output layer."""
@@ -123,6 +129,29 @@ class LanguageModel(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 [B, T] -> logits [B * T, 256]."""
         return self.norm(self.hidden_states(ids)[-1]) @ self.embedding.weight.T
+
+    def make_cache(self, max_seqlen: int, dtype: torch.dtype) -> PagedCache:
+        """Room for one sequence, in the dtype that keys and values have."""
+        shape, page_size = self.shape, 64
+        return PagedCache(
+            -(-max_seqlen // page_size),
+            page_size,
+            shape.num_kv_heads,
+            shape.head_dim,
+            kernel_size=shape.kernel_size,
+            kernel_stride=shape.kernel_stride,
+            num_layers=shape.layers,
+            rope=True,
+            dtype=dtype,
+            device=self.embedding.weight.device,
+        )
+
+    def next_logits(self, ids: Tensor, step: CacheStep) -> Tensor:
+        """ids int64 [T], the new tokens of a step -> logits [256] of the byte behind them."""
+        x = self.embedding(ids)
+        for i, layer in enumerate(self.layers):
+            x = layer.forward_cached(x, step, i)
+        return self.norm(x[-1]) @ self.embedding.weight.T
 
     def selections(self, ids: Tensor) -> list[Tensor]:
         """ids [1, T] -> for every layer of sparse attention topk_idx int32 [Hkv, T, topk]."""

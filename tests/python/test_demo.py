@@ -112,3 +112,16 @@ def test_both_models_start_with_the_same_weights():
     weights = sparse.state_dict()
     for name, value in dense.state_dict().items():
         assert torch.equal(value, weights[name]), name
+
+
+def test_the_cache_writes_what_full_passes_write():
+    """sample() against one forward pass over the whole text for every byte."""
+    torch.manual_seed(0)
+    model = make_models(demo.QUICK_SHAPE, 1)[0]
+    prompt = bytes(range(40, 140))
+    with torch.no_grad():
+        ids, generator = list(prompt), torch.Generator().manual_seed(5)
+        for _ in range(20):
+            chances = (model(torch.tensor([ids]))[-1] / 0.7).softmax(-1)
+            ids.append(int(torch.multinomial(chances, 1, generator=generator)))
+    assert _demo_train.sample(model, prompt, 20, 5) == bytes(ids[100:])
