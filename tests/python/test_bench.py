@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fsattn import _bench_counts as counts
-from fsattn import bench
+from fsattn import _bench_decode, bench
 from fsattn._bench_configs import CONFIGS, PUBLISHED, Config
 from fsattn._bench_measure import Effort, Rates, measure
 from fsattn._bench_report import speedup_over_dense, table
@@ -166,3 +166,27 @@ def test_speedup_compares_equal_shapes():
     assert speedup_over_dense(records[0], records) == 3.0
     assert speedup_over_dense(records[1], records) is None
     assert speedup_over_dense(records[2], records) is None
+
+
+def test_decode_counts_what_a_query_must_read():
+    shape = _bench_decode.Shape(
+        CONFIGS["llama"], 16, 65536, 1, torch.bfloat16, torch.device("cuda")
+    )
+    # 4095 windows; 14 of 16 blocks beside the local two, which lie in the window of 513 keys.
+    assert shape.windows == 4095
+    assert shape.sparse_bytes() == 16 * (4095 + 14 * 64 + 513) * 8 * 256 * 2
+    assert shape.dense_bytes() == 16 * 65536 * 8 * 256 * 2
+
+
+def test_bench_decode_from_end_to_end(tmp_path, capsys):
+    arguments = "decode --device cpu --configs d64 m3_shard --contexts 300 --batches 2 --runs 1"
+    assert bench.main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    records = [json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines()]
+    wanted = {"decode", "append", "append + decode", "dense decode"}
+    assert {r["operator"] for r in records} == wanted
+    assert all(r["us"] > 0 and r["error"] is None and r["device"] for r in records)
+    shown = capsys.readouterr().out
+    assert "m3_shard" in shown and "over dense" in shown
+    arguments = "decode --device cpu --configs d64 --contexts 256 --batches 1 --runs 1 --chunk 64"
+    assert bench.main([*arguments.split(), "--out", str(tmp_path)]) == 0
+    assert "prefill in chunks" in capsys.readouterr().out
