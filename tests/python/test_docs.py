@@ -31,6 +31,12 @@ def test_operator_examples_run():
     assert namespace["o2"].shape == namespace["q"].shape
 
 
+def test_inference_examples_run():
+    namespace = {}
+    assert run("docs/inference.md", namespace) == 4
+    assert namespace["cache_seqlens"].tolist() == [151, 151]
+
+
 def test_quickstart_examples_run():
     def my_indexer(q, k):
         return torch.zeros(k.shape[1], q.shape[0], 1, dtype=torch.int32)
