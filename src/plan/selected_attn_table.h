@@ -77,7 +77,9 @@ inline constexpr int kSelectedBwdKeys = 64;
 
 // Columns: arch, dtype, head_dim, head_dim_v. The first row that fits wins.
 inline constexpr std::array kSelectedAttnBwdTable{
+    SelectedAttnBwdConfig{Arch::kSm90a, DType::kBFloat16, 64,  64 },
     SelectedAttnBwdConfig{Arch::kSm90a, DType::kBFloat16, 128, 128},
+    SelectedAttnBwdConfig{Arch::kSm90a, DType::kFloat16,  64,  64 },
     SelectedAttnBwdConfig{Arch::kSm90a, DType::kFloat16,  128, 128},
     SelectedAttnBwdConfig{Arch::kSm80,  DType::kBFloat16, 64,  64 },
     SelectedAttnBwdConfig{Arch::kSm80,  DType::kBFloat16, 128, 128},
@@ -308,6 +310,7 @@ constexpr size_t selected_attn_fwd_workspace(const Problem& problem) {
 struct SelectedBwdLayout {
   SelectedSplit split;
   int64_t heads_per_launch, ranges_per_launch, launches_per_head;
+  int64_t launches_per_build;  // launches whose work items are built together
   SelectedIndexRegions index;
   size_t stats, counters, item_counts, items, part_items, marks, dkv_sum, dkv_items, dq_partial,
       bytes;
@@ -331,14 +334,17 @@ constexpr SelectedBwdLayout selected_bwd_layout(const SelectedShape& shape) {
   l.ranges_per_launch = ceil_div(s.num_ranges, l.launches_per_head);
   l.heads_per_launch = has_whole_heads ? s.segments_per_launch / s.num_ranges : 1;
   const int64_t segments = l.segments_per_launch(), launches = l.num_launches(shape.num_heads_kv);
+  // Items number their segments within launches, which are equally long when they hold whole heads.
+  l.launches_per_build = has_whole_heads ? std::min(s.launches_per_build, launches) : 1;
+  const int64_t built = segments * std::max<int64_t>(1, l.launches_per_build);
   const int64_t slots = segments * s.range * s.partials, dims = shape.head_dim + shape.head_dim_v;
   WorkspaceCursor at;
   l.index = take_index_regions(shape, at);
   l.stats = at.take(shape.total_q * shape.num_heads_q * 8);
   l.counters = at.take(launches * 4);
-  l.item_counts = at.take(segments * 4);
-  l.items = at.take(segments * s.item_capacity * kSelectedItemBytes);
-  l.part_items = at.take(segments * (s.num_parts + 1) * 4);
+  l.item_counts = at.take(built * 4);
+  l.items = at.take(built * s.item_capacity * kSelectedItemBytes);
+  l.part_items = at.take(built * (s.num_parts + 1) * 4);
   l.marks = at.take(slots);
   l.dkv_sum = at.take(has_whole_heads ? 0 : shape.total_k * dims * 4);
   l.dkv_items = at.take(segments * s.item_capacity * s.keys * dims * 4);
@@ -372,6 +378,20 @@ static_assert(algorithm_at(Arch::kSm90a, 4, 120, 64) == SelectedAlgorithm::kBloc
 static_assert(algorithm_at(Arch::kSm80, 4, 128, 64) == SelectedAlgorithm::kBlockMajor);
 static_assert(algorithm_at(Arch::kSm90a, 64, 128, 64) == SelectedAlgorithm::kQueryMajor);
 static_assert(algorithm_at(Arch::kSm80, 64, 256, 256) == SelectedAlgorithm::kQueryMajor);
+
+constexpr Arch bwd_arch_at(Arch arch, int64_t dim, int64_t block_size) {
+  Problem p{};
+  p.dtype = DType::kBFloat16;
+  p.head_dim = p.head_dim_v = dim;
+  p.block_size = block_size;
+  return kSelectedAttnBwdTable[static_cast<size_t>(find_selected_attn_bwd_row(arch, p))].arch;
+}
+
+static_assert(bwd_arch_at(Arch::kSm90a, 128, 64) == Arch::kSm90a);
+static_assert(bwd_arch_at(Arch::kSm90a, 64, 256) == Arch::kSm90a);
+static_assert(bwd_arch_at(Arch::kSm90a, 128, 32) == Arch::kSm80);
+static_assert(bwd_arch_at(Arch::kSm90a, 120, 64) == Arch::kSm80);
+static_assert(bwd_arch_at(Arch::kSm80, 128, 64) == Arch::kSm80);
 
 }  // namespace selected_detail
 

@@ -26,11 +26,8 @@ inline BwdArgs make_bwd_args(const SelectedAttnBwdParams& params, const Selected
   a.marks = reinterpret_cast<uint8_t*>(scratch + layout.marks);
   a.dkv_items = reinterpret_cast<float*>(scratch + layout.dkv_items);
   a.dkv_sum = reinterpret_cast<float*>(scratch + layout.dkv_sum);
-  a.part_items = reinterpret_cast<int*>(scratch + layout.part_items);
   a.keys = static_cast<int>(layout.split.keys);
   a.num_parts = static_cast<int>(layout.split.num_parts);
-  a.list.items = reinterpret_cast<Item*>(scratch + layout.items);
-  a.list.item_counts = reinterpret_cast<int*>(scratch + layout.item_counts);
   return a;
 }
 
@@ -100,7 +97,6 @@ requires(kConfig.arch == Arch::kSm90a) struct BwdKernel<kConfig> {
 template <SelectedAttnBwdConfig kConfig>
 void run_bwd_launch(const BwdKernel<kConfig>& kernel, const BwdArgs& a, const ItemArgs& build,
                     int64_t heads, int num_ctas, cudaStream_t stream) {
-  launch_items(build, a.list.num_segments, stream);
   const int64_t slots = int64_t{a.list.num_segments} * a.space.range * a.space.partials;
   FSATTN_CUDA_CHECK(cudaMemsetAsync(a.marks, 0, static_cast<size_t>(slots), stream));
   kernel.launch(a, num_ctas, stream);
@@ -122,9 +118,9 @@ void run_bwd(const SelectedAttnBwdParams& params, Stream stream) {
   BwdArgs a = make_bwd_args(params, shape, layout, scratch);
   a.entries = index.entry;
   ItemArgs build = make_item_args(shape, layout.split, params.attn.packing, index);
-  build.items = const_cast<Item*>(a.list.items);
-  build.item_counts = const_cast<int*>(a.list.item_counts);
-  build.part_items = a.part_items;
+  build.items = reinterpret_cast<Item*>(scratch + layout.items);
+  build.item_counts = reinterpret_cast<int*>(scratch + layout.item_counts);
+  build.part_items = reinterpret_cast<int*>(scratch + layout.part_items);
   build.segments_per_launch = static_cast<int>(layout.segments_per_launch());
   const int64_t num_launches = layout.num_launches(shape.num_heads_kv);
   int* counters = reinterpret_cast<int*>(scratch + layout.counters);
@@ -140,8 +136,18 @@ void run_bwd(const SelectedAttnBwdParams& params, Stream stream) {
     const int64_t heads = std::min(layout.heads_per_launch, shape.num_heads_kv - head);
     const int64_t ranges = std::min(layout.ranges_per_launch, layout.split.num_ranges - range);
     a.space.first_segment = static_cast<int>(head * layout.split.num_ranges + range);
-    build.first_segment = a.space.first_segment;
     a.list.num_segments = static_cast<int>(heads * ranges);
+    const int64_t in_build = launch % layout.launches_per_build * layout.segments_per_launch();
+    if (in_build == 0) {
+      build.first_segment = a.space.first_segment;
+      launch_items(build,
+                   std::min(layout.launches_per_build * layout.segments_per_launch(),
+                            layout.split.num_segments - build.first_segment),
+                   cuda_stream);
+    }
+    a.list.items = build.items + in_build * layout.split.item_capacity;
+    a.list.item_counts = build.item_counts + in_build;
+    a.part_items = build.part_items + in_build * (layout.split.num_parts + 1);
     a.list.counter = counters + launch;
     a.is_first = range == 0;
     a.is_last = range + ranges == layout.split.num_ranges;
