@@ -11,22 +11,29 @@ namespace {
 
 constexpr PagedNames kCompressedPages{"k_cmp_cache", "v_cmp_cache", "cmp_block_table"};
 
-PagedProblem paged_problem(PagedOp op, const Arguments& args, const PagedPacking& packing,
-                           const PagedShape& shape, const PagedKvView& cache,
-                           const PagedKvView& cmp) {
+struct PagedTensors {
+  const PagedSequences& seq;
+  const PagedPacking& packing;
+  const PagedShape& shape;
+  const PagedKvView& cache;
+  const PagedKvView& cmp;
+};
+
+PagedProblem paged_problem(PagedOp op, const Arguments& args, const PagedTensors& in) {
   PagedProblem problem;
   problem.op = op;
   problem.device = args.device();
-  problem.dtype = shape.dtype;
-  problem.batch = packing.batch;
-  problem.total_q = packing.total_q;
-  problem.max_q = packing.max_q;
-  problem.max_k = packing.max_k;
-  problem.num_heads_kv = shape.num_heads_kv;
-  problem.head_dim = shape.head_dim;
-  problem.head_dim_v = shape.head_dim_v;
-  problem.page_size = cache.table.page_size;
-  problem.cmp_page_size = cmp.table.page_size;
+  problem.dtype = in.shape.dtype;
+  problem.batch = in.packing.batch;
+  problem.total_q = in.packing.total_q;
+  problem.max_q = in.packing.max_q;
+  problem.max_k = in.packing.max_k;
+  problem.max_seqlen_q = in.seq.max_seqlen_q;
+  problem.num_heads_kv = in.shape.num_heads_kv;
+  problem.head_dim = in.shape.head_dim;
+  problem.head_dim_v = in.shape.head_dim_v;
+  problem.page_size = in.cache.table.page_size;
+  problem.cmp_page_size = in.cmp.table.page_size;
   return problem;
 }
 
@@ -140,9 +147,9 @@ PagedQueries check_queries(Arguments& args, const Call& call, double softmax_sca
   return in;
 }
 
-PagedProblem attention_problem(PagedOp op, const Arguments& args, const PagedQueries& in,
-                               const PagedKvView& cmp) {
-  PagedProblem problem = paged_problem(op, args, in.packing, in.kv, in.cache, cmp);
+PagedProblem attention_problem(PagedOp op, const Arguments& args, const PagedSequences& seq,
+                               const PagedQueries& in, const PagedKvView& cmp) {
+  PagedProblem problem = paged_problem(op, args, {seq, in.packing, in.kv, in.cache, cmp});
   problem.num_heads_q = in.shape.num_heads_q;
   return problem;
 }
@@ -177,8 +184,8 @@ Checked<PagedProblem, PagedAppendParams> validate(const AppendKv& call, Purpose 
   params.pos_emb = weights.pos_emb;
   args.check_aliasing();
 
-  PagedProblem problem =
-      paged_problem(PagedOp::kAppend, args, write.packing, write.shape, write.cache, params.cmp);
+  PagedProblem problem = paged_problem(
+      PagedOp::kAppend, args, {call.seq, write.packing, write.shape, write.cache, params.cmp});
   problem.kernel_size = call.kernel_size;
   problem.kernel_stride = call.kernel_stride;
   problem.compress_kind = call.kind;
@@ -224,7 +231,7 @@ Checked<PagedProblem, PagedAttnParams> validate(const PagedNativeSparseAttention
   }
   args.check_aliasing();
 
-  PagedProblem problem = attention_problem(PagedOp::kAttn, args, in, params.cmp);
+  PagedProblem problem = attention_problem(PagedOp::kAttn, args, call.seq, in, params.cmp);
   problem.kernel_size = config.kernel_size;
   problem.kernel_stride = config.kernel_stride;
   problem.block_size = config.block_size;
@@ -257,7 +264,7 @@ Checked<PagedProblem, PagedSelectedParams> validate(const PagedSelectedAttention
   params.lse = args.output_stats("lse", call.lse, {in.shape.num_heads_q, in.packing.total_q});
   args.check_aliasing();
 
-  PagedProblem problem = attention_problem(PagedOp::kSelected, args, in, {});
+  PagedProblem problem = attention_problem(PagedOp::kSelected, args, call.seq, in, {});
   problem.block_size = call.block_size;
   problem.topk = params.mask.topk;
   problem.batch_invariant = call.batch_invariant;

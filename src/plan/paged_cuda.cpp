@@ -10,7 +10,7 @@ namespace {
 // Why the fused attention does not serve a problem; null when it does.
 const char* refuse_decode(const PagedProblem& p, const DeviceInfo& device, int row) {
   if (row < 0) return "no fused row for the dtype and head_dim";
-  if (p.max_q > kDecodeMaxQueries) return "more new tokens than the fused kernels take";
+  if (p.max_seqlen_q > kDecodeMaxQueries) return "more new tokens than the fused kernels take";
   if (p.group_size() > kDecodeMaxGroup) return "a larger group than the fused kernels take";
   if (p.topk > kDecodeMaxTopk) return "more blocks than the fused kernels take";
   constexpr size_t kStatic = 4096;  // shared memory that is not counted by the table
@@ -51,7 +51,7 @@ PagedChoice choose_decode(const PagedProblem& p, const DeviceInfo& device) {
 
 PagedChoice choose_append(const PagedProblem& p, const DeviceInfo& device) {
   PagedChoice choice;
-  if (p.max_q > kDecodeMaxQueries) {
+  if (p.max_seqlen_q > kDecodeMaxQueries) {
     choice.reason = "more new tokens than the fused kernels take";
     return choice;
   }

@@ -14,6 +14,9 @@ struct PagedProblem {
   int64_t batch = 0;
   int64_t total_q = 0;
   int64_t max_q = 0, max_k = 0;  // bounds of one sequence: new tokens, all tokens
+  // The bound of the new tokens as the caller gave it. What decides between kernels may look at this one
+  // only: max_q is at most total_q, which depends on the other sequences.
+  int64_t max_seqlen_q = 0;
   int64_t num_heads_q = 0, num_heads_kv = 0;
   int64_t head_dim = 0, head_dim_v = 0;
   int64_t page_size = 0, cmp_page_size = 0;  // cmp_page_size 0: no compressed cache

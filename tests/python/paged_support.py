@@ -142,10 +142,10 @@ class PagedCase:
         turn = (self.cos[positions].to(wide), self.sin[positions].to(wide))
         return rotate(self.q[rows].to(wide), *turn).to(self.dtype)
 
-    def append(self, starts, counts, **changes):
+    def append_arguments(self, starts, counts):
         rows = self.rows_of(starts, counts)
         names = ("kernel_size", "kernel_stride")
-        arguments = {
+        return {
             "k": self.k[rows],
             "v": self.v[rows],
             "k_cache": self.k_cache,
@@ -165,7 +165,9 @@ class PagedCase:
             **{name: self.options[name] for name in names},
             **self.lengths(starts, counts),
         }
-        return fsattn.append_kv(**(arguments | changes))
+
+    def append(self, starts, counts, **changes):
+        return fsattn.append_kv(**(self.append_arguments(starts, counts) | changes))
 
     def attention_arguments(self, starts, counts):
         rows = self.rows_of(starts, counts)

@@ -30,17 +30,7 @@ def valid_call(op, case=None):
     case = make_case() if case is None else case
     starts, counts = [40, 25], [5, 1]
     if op == "append_kv":
-        caught = {}
-
-        def catch(**arguments):
-            caught.update(arguments)
-
-        original, fsattn.append_kv = fsattn.append_kv, catch
-        try:
-            case.append(starts, counts)
-        finally:
-            fsattn.append_kv = original
-        return caught
+        return case.append_arguments(starts, counts)
     if op == "paged_native_sparse_attention":
         case.append(starts, counts)
         return case.attention_arguments(starts, counts)

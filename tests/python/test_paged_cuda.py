@@ -22,6 +22,8 @@ class Static:
         self.q, self.gates = case.queries(self.rows), case.gates[self.rows]
         self.k, self.v = case.k[self.rows], case.v[self.rows]
         self.o, self.ids = case.o[self.rows], case.ids[:, self.rows]
+        self.append = case.append_arguments(starts, counts) | self.lengths
+        self.attend = case.attention_arguments(starts, counts) | self.lengths
         self.advance_by = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
 
     def load(self, starts):
@@ -36,10 +38,10 @@ class Static:
 
     def launch(self):
         """append, attend, count."""
-        self.case.append([0] * len(self.counts), self.counts, k=self.k, v=self.v, **self.lengths)
-        arguments = self.case.attention_arguments([0] * len(self.counts), self.counts)
-        arguments |= {"q": self.q, "gates": self.gates, **self.lengths}
-        o, ids = fsattn.paged_native_sparse_attention(**arguments, return_topk_idx=True)
+        fsattn.append_kv(**(self.append | {"k": self.k, "v": self.v}))
+        o, ids = fsattn.paged_native_sparse_attention(
+            **(self.attend | {"q": self.q, "gates": self.gates}), return_topk_idx=True
+        )
         self.o.copy_(o)
         self.ids.copy_(ids)
         self.seqlens.add_(self.advance_by)
@@ -165,20 +167,12 @@ def test_what_does_not_fit_is_dropped(count):
 def test_nothing_is_synchronised():
     case = PagedCase([300, 200], rope=True, dtype=torch.bfloat16, device=DEVICE)
     case.append([0, 0], [299, 199])
-    appended = case.lengths([299, 199], [1, 1])
-    rows = case.rows_of([299, 199], [1, 1])
-    new = {"k": case.k[rows], "v": case.v[rows]}
-    arguments = case.attention_arguments([299, 199], [1, 1]) | appended
-    base = {
-        "block_table": case.table, "k_cache": case.k_cache, "v_cache": case.v_cache,
-        "k_cmp_cache": case.k_cmp_cache, "v_cmp_cache": case.v_cmp_cache,
-        "cmp_block_table": case.cmp_table, "k_raw_cache": case.k_raw_cache,
-        "rope_cos": case.cos, "rope_sin": case.sin,
-    }  # fmt: skip
+    append = case.append_arguments([299, 199], [1, 1])
+    attend = case.attention_arguments([299, 199], [1, 1])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fsattn.append_kv(**new, **base, **appended)
-        fsattn.paged_native_sparse_attention(**arguments)
+        fsattn.append_kv(**append)
+        fsattn.paged_native_sparse_attention(**attend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -30,7 +30,7 @@ PagedProblem llama(PagedOp op, DeviceType device, int64_t new_tokens) {
   problem.dtype = DType::kBFloat16;
   problem.batch = 16;
   problem.total_q = 16 * new_tokens;
-  problem.max_q = new_tokens;
+  problem.max_q = problem.max_seqlen_q = new_tokens;
   problem.max_k = 65536;
   problem.num_heads_q = op == PagedOp::kAppend ? 0 : 32;
   problem.num_heads_kv = 8;
@@ -110,12 +110,16 @@ TEST(a_batch_invariant_plan_does_not_depend_on_the_batch) {
   PagedProblem problem = llama(PagedOp::kAttn, DeviceType::kCuda, 1);
   problem.batch_invariant = true;
   const PagedKernel full = make_paged_attn_plan(problem, cuda).kernel;
-  problem.batch = problem.total_q = 1;
+  problem.batch = problem.total_q = problem.max_q = 1;
   problem.max_k = 4096;
   const PagedKernel alone = make_paged_attn_plan(problem, cuda).kernel;
   EXPECT_EQ(full.is_fused, alone.is_fused);
   EXPECT_EQ(full.row, alone.row);
   EXPECT_EQ(full.tuning.cmp_split, alone.tuning.cmp_split);
+  // A chunk beside longer ones, and alone: total_q shrinks, the bound stays.
+  problem.max_seqlen_q = 100;
+  problem.max_q = problem.total_q = 5;
+  EXPECT_TRUE(!make_paged_attn_plan(problem, cuda).kernel.is_fused);
 }
 
 TEST(regions_are_disjoint_and_aligned) {
