@@ -213,16 +213,20 @@ class PagedCase:
         rows = [cache[row.long()].flatten(0, 1)[:n] for row, n in zip(table, lens)]
         return torch.cat(rows)
 
-    def num_windows(self):
+    def num_windows(self, lens=None):
         sizes = (self.options["kernel_size"], self.options["kernel_stride"])
-        return [reference.compressed_length(n, *sizes) for n in self.at]
+        return [reference.compressed_length(n, *sizes) for n in (lens or self.at)]
 
     def stored(self):
         """k, v, k_cmp, v_cmp of all stored tokens, packed."""
-        windows = self.num_windows()
+        return self.stored_at(self.at)
+
+    def stored_at(self, lens):
+        """Those of the first lens[b] tokens of every sequence."""
+        windows = self.num_windows(lens)
         return [
-            self.packed(self.k_cache, self.table, self.page_size, self.at),
-            self.packed(self.v_cache, self.table, self.page_size, self.at),
+            self.packed(self.k_cache, self.table, self.page_size, lens),
+            self.packed(self.v_cache, self.table, self.page_size, lens),
             self.packed(self.k_cmp_cache, self.cmp_table, self.cmp_page_size, windows),
             self.packed(self.v_cmp_cache, self.cmp_table, self.cmp_page_size, windows),
         ]

@@ -265,6 +265,26 @@ def test_opcheck():
     torch.library.opcheck(selected, (*args, torch.zeros(4, 64)), test_utils=tests)
 
 
+def test_compile():
+    """torch.compile(fullgraph=True) of a step, which writes to its arguments."""
+    case = PagedCase([100, 70], rope=True, dtype=torch.float32)
+    case.append([0, 0], [90, 60])
+    append = case.append_arguments([90, 60], [1, 3]) | {"max_seqlen_k": 128}
+    attend = case.attention_arguments([90, 60], [1, 3]) | {"max_seqlen_k": 128}
+
+    def step(append, attend):
+        fsattn.append_kv(**append)
+        return fsattn.paged_native_sparse_attention(**attend, return_topk_idx=True)
+
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(append, attend)
+    stored = [x.clone() for x in case.stored_at([91, 63])]
+    case.append([90, 60], [1, 3], k=torch.zeros(4, 2, 16), v=torch.zeros(4, 2, 16))
+    for name, a, b in zip(("o", "topk_idx"), found, step(append, attend)):
+        assert_same_bits(name, a, b)
+    for a, b in zip(stored, case.stored_at([91, 63])):
+        assert_same_bits("stored", a, b)
+
+
 def test_explain():
     case = PagedCase([100], dtype=torch.float32)
     text = fsattn.explain(case.append, [0], [100])
