@@ -19,6 +19,7 @@
 #include "base/cuda_check.h"
 #include "cuda/dense_attn/dense_attn.h"
 #include "cuda/device/sequence_tile.cuh"
+#include "cuda/device/softmax.cuh"
 #include "cuda/device/tile_sm80.cuh"
 
 namespace fsattn {
@@ -166,6 +167,7 @@ __device__ __forceinline__ void load_queries(uint32_t stage, const AttnBwdTensor
 template <class Traits, int kM, int kN>
 __device__ __forceinline__ void probabilities(uint32_t (&packed)[kM][kN][2], float (&s)[kM][kN][4],
                                               const float2* lse, float scale_log2, int lane) {
+  using Element = typename Traits::Element;
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
     const float2 shift = lse[n * 4 + lane % 4];
@@ -174,9 +176,9 @@ __device__ __forceinline__ void probabilities(uint32_t (&packed)[kM][kN][2], flo
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        packed[m][n][half] = device::pack_pair<typename Traits::Element>(
-            device::exp2_approx(fmaf(s[m][n][2 * half], scale_log2, -x)),
-            device::exp2_approx(fmaf(s[m][n][2 * half + 1], scale_log2, -y)));
+        packed[m][n][half] = device::pack_pair<Element>(
+            device::probability<Element>(s[m][n][2 * half], scale_log2, x),
+            device::probability<Element>(s[m][n][2 * half + 1], scale_log2, y));
       }
     }
   }

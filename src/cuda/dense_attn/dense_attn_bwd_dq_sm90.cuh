@@ -82,6 +82,7 @@ __device__ __forceinline__ void produce_keys(const DenseDqSm90Smem<Traits>& smem
 }
 
 // Scores to P in place. `stats`: lse in base 2 and delta, of the lane's first row.
+template <class Element>
 __device__ __forceinline__ void exponentiate(float (&s)[1][8][4], const float2* stats,
                                              float scale_log2) {
 #pragma unroll
@@ -91,7 +92,7 @@ __device__ __forceinline__ void exponentiate(float (&s)[1][8][4], const float2* 
     for (int n = 0; n < 8; ++n) {
 #pragma unroll
       for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        s[0][n][e] = device::exp2_approx(fmaf(s[0][n][e], scale_log2, -lse_log2));
+        s[0][n][e] = device::probability<Element>(s[0][n][e], scale_log2, lse_log2);
       }
     }
   }
@@ -148,7 +149,7 @@ __device__ __forceinline__ void consume_keys(const DenseDqSm90Smem<Traits>& smem
       if (base < work.full_first || base + Traits::kTileKv - 1 > work.full_last) {
         mask_scores(as_fragments(s), band, work, base);
       }
-      exponentiate(as_fragments(s), stats, work.scale_log2);
+      exponentiate<Element>(as_fragments(s), stats, work.scale_log2);
       wgmma_wait_group<0>();
       pin_registers(dp);
       uint32_t ds[1][8][2];

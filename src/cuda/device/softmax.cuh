@@ -11,6 +11,14 @@ namespace fsattn::device {
 template <class Element>
 inline constexpr int kHeadroom = kIsBf16<Element> ? 24 : 0;
 
+// P of the backward, from the statistics of the forward. It is at most 1, but where logits reach 1e7
+// the digits of lse are so coarse that the exponent may come out at +10: fp16 would overflow.
+template <class Element>
+__device__ __forceinline__ float probability(float score, float scale_log2, float lse_log2) {
+  const float exponent = fmaf(score, scale_log2, -lse_log2);
+  return exp2_approx(kIsBf16<Element> ? exponent : fminf(exponent, 0.f));
+}
+
 // A warp's rows: accumulator row 2 m + h of a lane is row m * 16 + h * 8 + lane / 4.
 template <class Element, int kM>
 struct OnlineSoftmax {
