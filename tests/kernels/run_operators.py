@@ -1,4 +1,4 @@
-"""Runs every operator once, forward and backward, on a small packed batch.
+"""Runs every operator once, forward and backward, on a small packed batch and a small paged cache.
 
 Made for compute-sanitizer, which slows kernels down a hundredfold: results are only checked to be
 finite, the tests in tests/python check their values. usage: run_operators.py [cpu|cuda]
@@ -46,6 +46,40 @@ def leaves(*tensors):
     return [t.detach().requires_grad_() for t in tensors]
 
 
+def run_paged(device):
+    """A cache filled by a chunk, then steps of one and of three tokens; every branch's result."""
+    lens = [200, 70]
+
+    def ints(*values):
+        return torch.tensor(values, dtype=torch.int32).to(device)
+
+    def pages(count, size):
+        return torch.zeros(count, HEADS_KV, size, DIM, dtype=torch.bfloat16).to(device)
+
+    cache = (pages(9, 64), pages(9, 64), ints([8, 1, 6, 3], [0, 7, 2, 5]))
+    cmp = (pages(3, 16), pages(3, 16), ints([2], [0]))
+    names = ("k_cmp_cache", "v_cmp_cache", "cmp_block_table")
+    options = {"kind": "softmax", "k_raw_cache": pages(9, 32), "layout": "HND", **WINDOWS}
+    options |= {x: randn(device, 256, DIM // 2).detach() for x in ("rope_cos", "rope_sin")}
+    options |= {x: randn(device, HEADS_KV, 32).detach() for x in ("weight_k", "weight_v")}
+    results = []
+    for new in (60, 1, 3):
+        seqlens, total = ints(*(n - new for n in lens)), 2 * new
+        cu, bounds = ints(0, new, total), {"max_seqlen_q": new, "max_seqlen_k": 256}
+        k, v = (randn(device, total, HEADS_KV, DIM).detach() for _ in range(2))
+        lengths = {"cache_seqlens": seqlens, "cu_seqlens_q": cu, **bounds}
+        fsattn.append_kv(k, v, *cache, **lengths, **dict(zip(names, cmp)), **options)
+        q = randn(device, total, HEADS_Q, DIM).detach()
+        gates = randn(device, total, HEADS_Q, 3).detach()
+        results += fsattn.paged_native_sparse_attention(
+            q, gates, *cache, *cmp, **lengths, topk=4, layout="HND", return_topk_idx=True, **WINDOWS
+        )
+        results += fsattn.paged_selected_attention(
+            q, results[-1], *cache, **lengths, block_size=64, layout="HND", return_lse=True
+        )
+    return [r for r in results if r.is_floating_point()]
+
+
 def main(device):
     torch.manual_seed(0)
     total = 333
@@ -76,7 +110,8 @@ def main(device):
         q, k, v, k_cmp, v_cmp, randn(device, total, HEADS_Q, 3), cu, cu, cu_cmp, topk=4, **WINDOWS
     )
     backward(whole)
-    results = [cmp, sel, win, mixed, whole, q.grad, k.grad, v.grad, k_cmp.grad, v_cmp.grad]
+    results = run_paged(device)
+    results += [cmp, sel, win, mixed, whole, q.grad, k.grad, v.grad, k_cmp.grad, v_cmp.grad]
     if not all(bool(r.cpu().isfinite().all()) for r in results):
         sys.exit("a result is not finite")
     print("all operators ran")
