@@ -126,13 +126,6 @@ __device__ __forceinline__ void sync_pair(int pair) {
   asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory");
 }
 
-// All warps of the CTA, which reach this barrier in the code of two roles: __syncthreads() would
-// have to be one place for all of them.
-template <class Traits>
-__device__ __forceinline__ void sync_roles() {
-  asm volatile("bar.sync %0, %1;" ::"n"(Traits::kPairs + 1), "n"(Traits::kThreads) : "memory");
-}
-
 // The queries, output gradients and statistics of one step.
 template <class Traits>
 __device__ __forceinline__ void load_queries(uint32_t stage, const AttnBwdTensors& p,
@@ -246,26 +239,84 @@ __device__ __forceinline__ void send_packed(uint32_t exchange, const uint32_t (&
   }
 }
 
-// The loop of one warp. Role 0: A = K, first = Q, second = dO, result dV; role 1: A = V, first =
-// dO, second = Q, result dK. Both roles meet the same barriers.
-template <class Traits, int kRole, int kOut>
-__device__ __forceinline__ void accumulate_tile(float (&acc)[Traits::kM][kOut][4],
+// What a warp reads and writes in shared memory.
+struct PairTiles {
+  uint32_t a;         // lane address of the keys or values
+  uint32_t queries;   // the stage: Q, then dO
+  const float2* lse;  // of the stage, followed by delta
+  uint32_t exchange;  // of the pair
+};
+
+// The part of a step before P is exchanged. Role 0: A = K, S to P, which is left in the first two
+// values of each four of s. Role 1: A = V, s is dP.
+template <class Traits, int kRole>
+__device__ __forceinline__ void first_product(float (&s)[Traits::kM][Traits::kTileQ / 8][4],
+                                              const PairTiles& tiles, const device::Band& band,
+                                              const KeyTileWork& work, int first_key,
+                                              int first_query, int lane) {
+  using namespace device;
+  using Element = typename Traits::Element;
+  constexpr int kM = Traits::kM, kN = Traits::kTileQ / 8;
+  constexpr int kDepth = kRole == 0 ? Traits::kDim : Traits::kDimV;
+  const uint32_t b = tiles.queries + (kRole == 0 ? 0 : Traits::kQBytes);
+  mma_a_bt<Element, kDepth, kDepth>(s, tiles.a, lane_rows8x2<kDepth>(b, lane));
+  if constexpr (kRole == 0) {
+    uint32_t packed[kM][kN][2];
+    probabilities<Traits>(packed, s, tiles.lse, work.scale_log2, lane);
+    if (first_query < work.full_first || first_query + Traits::kTileQ - 1 > work.full_last) {
+      mask_probabilities(packed, band, work, first_key, first_query, lane);
+    }
+    send_packed(tiles.exchange, packed, lane);
+#pragma unroll
+    for (int i = 0; i < kM * kN * 2; ++i) {
+      s[i / (2 * kN)][i / 2 % kN][i % 2] = __uint_as_float(packed[i / (2 * kN)][i / 2 % kN][i % 2]);
+    }
+  }
+}
+
+// The part behind it. Role 0: dV += P^T dO. Role 1: dP to dS, dK += dS^T Q.
+template <class Traits, int kRole>
+__device__ __forceinline__ void second_product(float (&acc)[Traits::kM][Traits::kDim / 8][4],
+                                               const float (&s)[Traits::kM][Traits::kTileQ / 8][4],
+                                               const PairTiles& tiles, int lane) {
+  using namespace device;
+  using Element = typename Traits::Element;
+  constexpr int kM = Traits::kM, kN = Traits::kTileQ / 8;
+  uint32_t packed[kM][kN][2];
+  if constexpr (kRole == 0) {
+    static_assert(kM == 1 || Traits::kDimV == Traits::kDim);  // the layout of dV in acc
+#pragma unroll
+    for (int i = 0; i < kM * kN * 2; ++i) {
+      packed[i / (2 * kN)][i / 2 % kN][i % 2] = __float_as_uint(s[i / (2 * kN)][i / 2 % kN][i % 2]);
+    }
+    auto& dv = reinterpret_cast<float(&)[kM][Traits::kDimV / 8][4]>(acc);
+    mma_p_b<Element, Traits::kDimV>(
+        dv, packed, lane_rows16<Traits::kDimV>(tiles.queries + Traits::kQBytes, lane));
+  } else {
+    score_gradient_t<Element>(packed, s, tiles.exchange, tiles.lse + Traits::kTileQ / 2, lane);
+    mma_p_b<Element, Traits::kDim>(acc, packed, lane_rows16<Traits::kDim>(tiles.queries, lane));
+  }
+}
+
+// The loop of one warp: dV in role 0, dK in role 1. The roles take turns between barriers that all
+// warps reach in one place.
+template <class Traits>
+__device__ __forceinline__ void accumulate_tile(float (&acc)[Traits::kM][Traits::kDim / 8][4],
                                                 const AttnBwdTensors& p, const device::Band& band,
                                                 const float* deltas, const KeyTileWork& work,
                                                 unsigned char* smem) {
   using namespace device;
-  using Element = typename Traits::Element;
-  constexpr int kM = Traits::kM, kN = Traits::kTileQ / 8, kTileQ = Traits::kTileQ;
-  constexpr int kDepth = kRole == 0 ? Traits::kDim : Traits::kDimV;
-  constexpr int kOutCols = kRole == 0 ? Traits::kDimV : Traits::kDim;
-  static_assert(kOut * 8 == kOutCols);
+  constexpr int kTileQ = Traits::kTileQ;
   const int thread = threadIdx.x, lane = thread % kWarpSize;
   const int pair = thread / kWarpSize % Traits::kPairs;
-  const uint32_t tiles = smem_address(smem);
-  const uint32_t a = lane_rows16<kDepth>(
-      tiles + (kRole == 0 ? 0 : Traits::kKBytes) + tile_bytes<kDepth>(pair * Traits::kKeysPerPair),
-      lane);
-  const uint32_t exchange = tiles + Traits::kExchangeOffset + pair * Traits::kExchangeBytes;
+  const int row = pair * Traits::kKeysPerPair;
+  const bool is_first = thread < Traits::kThreads / 2;
+  const uint32_t base = smem_address(smem);
+  PairTiles tiles;
+  tiles.a = is_first ? lane_rows16<Traits::kDim>(base + tile_bytes<Traits::kDim>(row), lane)
+                     : lane_rows16<Traits::kDimV>(
+                           base + Traits::kKBytes + tile_bytes<Traits::kDimV>(row), lane);
+  tiles.exchange = base + Traits::kExchangeOffset + pair * Traits::kExchangeBytes;
   constexpr int kStages = Traits::kKBytes + Traits::kVBytes;  // byte offset of the first stage
   Step at{work.first_head, work.last_query / kTileQ};
   int stage = kStages;
@@ -273,33 +324,26 @@ __device__ __forceinline__ void accumulate_tile(float (&acc)[Traits::kM][kOut][4
   while (at.head <= work.last_head) {
     const int other = 2 * kStages + Traits::kStageBytes - stage;
     cp_async_wait<0>();
-    // This stage has landed; nobody reads the other stage or P of the last step.
-    sync_roles<Traits>();
+    __syncthreads();  // this stage has landed; nobody reads the other stage or P of the last step
     if (const Step next = next_step(work, at, kTileQ); next.head <= work.last_head) {
-      load_queries<Traits>(tiles + other, p, deltas, work, next.head, next.index * kTileQ,
+      load_queries<Traits>(base + other, p, deltas, work, next.head, next.index * kTileQ,
                            reread_thread_index());
     }
-    const uint32_t first = tiles + stage + (kRole == 0 ? 0 : Traits::kQBytes);
-    const uint32_t second = tiles + stage + (kRole == 0 ? Traits::kQBytes : 0);
-    const auto* stats =
+    tiles.queries = base + stage;
+    tiles.lse =
         reinterpret_cast<const float2*>(smem + stage + Traits::kQBytes + Traits::kDoutBytes);
-    float s[kM][kN][4] = {};
-    mma_a_bt<Element, kDepth, kDepth>(s, a, lane_rows8x2<kDepth>(first, lane));
-    uint32_t packed[kM][kN][2];
-    if constexpr (kRole == 0) {
-      probabilities<Traits>(packed, s, stats, work.scale_log2, lane);
-      const int base = at.index * kTileQ;
-      if (base < work.full_first || base + kTileQ - 1 > work.full_last) {
-        mask_probabilities(packed, band, work, work.first_key + pair * Traits::kKeysPerPair, base,
-                           lane);
-      }
-      send_packed(exchange, packed, lane);
-      sync_pair(pair);  // P is there for the partner
+    float s[Traits::kM][kTileQ / 8][4] = {};
+    if (is_first) {
+      first_product<Traits, 0>(s, tiles, band, work, work.first_key + row, at.index * kTileQ, lane);
     } else {
-      sync_pair(pair);  // the partner has written P
-      score_gradient_t<Element>(packed, s, exchange, stats + kTileQ / 2, lane);
+      first_product<Traits, 1>(s, tiles, band, work, 0, 0, lane);
     }
-    mma_p_b<Element, kOutCols>(acc, packed, lane_rows16<kOutCols>(second, lane));
+    sync_pair(pair);  // P is there
+    if (is_first) {
+      second_product<Traits, 0>(acc, s, tiles, lane);
+    } else {
+      second_product<Traits, 1>(acc, s, tiles, lane);
+    }
     at = next_step(work, at, kTileQ);
     stage = other;
   }
@@ -337,22 +381,16 @@ __device__ __forceinline__ void store_gradient(float (&acc)[kM][kN][4], float sc
   }
 }
 
+// Writes dV in role 0, dK in role 1.
 template <class Traits, int kRole>
-__device__ __forceinline__ void run_role(const AttnBwdTensors& p, const device::KeySet& keys,
-                                         const DenseBwdBuffers& buffers, const KeyTileWork& work,
-                                         unsigned char* smem) {
+__device__ __forceinline__ void store_role(float (&acc)[Traits::kM][Traits::kDim / 8][4],
+                                           const AttnBwdTensors& p, const DenseBwdBuffers& buffers,
+                                           const KeyTileWork& work, unsigned char* smem) {
   using namespace device;
   using Element = typename Traits::Element;
   constexpr int kOutCols = kRole == 0 ? Traits::kDimV : Traits::kDim;
-  float acc[Traits::kM][kOutCols / 8][4] = {};
-  if (work.first_query <= work.last_query) {
-    accumulate_tile<Traits, kRole>(acc, p, keys.band, buffers.delta, work, smem);
-  }
   const int lane = threadIdx.x % kWarpSize;
   const int row = threadIdx.x / kWarpSize % Traits::kPairs * Traits::kKeysPerPair;
-  // dK is staged over K and dV over V, of this pair alone. K is read by the partner until its loop
-  // ends, and V by this one's.
-  sync_roles<Traits>();
   const Rows& rows = kRole == 0 ? p.dv : p.dk;
   const int cols = static_cast<int>(kRole == 0 ? p.shape.head_dim_v : p.shape.head_dim);
   float* partial = kRole == 0 ? buffers.partial_dv : buffers.partial_dk;
@@ -363,8 +401,10 @@ __device__ __forceinline__ void run_role(const AttnBwdTensors& p, const device::
     partial += (int64_t{work.split} * buffers.partial_rows + work.key_row + row) * partial_stride +
                work.kv_head * cols;
   }
+  // dK is staged over K and dV over V, of this pair alone.
   store_gradient(
-      acc, kRole == 0 ? 1.f : static_cast<float>(p.shape.softmax_scale),
+      reinterpret_cast<float(&)[Traits::kM][kOutCols / 8][4]>(acc),
+      kRole == 0 ? 1.f : static_cast<float>(p.shape.softmax_scale),
       OutputRows<Element>{static_cast<Element*>(rows.data) +
                               (int64_t{work.key_row} + row) * rows.token_stride +
                               work.kv_head * rows.head_stride,
@@ -402,10 +442,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                          work.first_head, work.last_query / Traits::kTileQ * Traits::kTileQ,
                          thread);
   }
+  float acc[Traits::kM][Traits::kDim / 8][4] = {};
+  if (work.first_query <= work.last_query) {
+    accumulate_tile<Traits>(acc, p, keys.band, buffers.delta, work, smem);
+  }
+  __syncthreads();  // nobody reads K or V any more: the output is staged there
   if (thread < Traits::kThreads / 2) {
-    run_role<Traits, 0>(p, keys, buffers, work, smem);
+    store_role<Traits, 0>(acc, p, buffers, work, smem);
   } else {
-    run_role<Traits, 1>(p, keys, buffers, work, smem);
+    store_role<Traits, 1>(acc, p, buffers, work, smem);
   }
 }
 
