@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kReduceThreads, 4)
   const int block = slot - static_cast<int>(first_block_slot(k0, seq, b.block_size));
   const int64_t key0 = int64_t{block} * b.block_size + (part - slot * b.splits) * b.keys;
   const int num_keys = static_cast<int>(min(int64_t{b.keys}, k1 - k0 - key0));
-  if (num_keys <= 0) return;
+  if (key0 < 0 || num_keys <= 0) return;  // lengths that do not ascend: the slot has no keys
 
   // The items of the part in each range.
   __shared__ int begin[kMaxSegmentsPerLaunch], end[kMaxSegmentsPerLaunch];

@@ -72,6 +72,7 @@ __device__ __forceinline__ Item find_part(const ItemArgs& a, int head, int part,
   const int k0 = keys.begin, k1 = keys.end;
   const int block = slot - static_cast<int>(first_block_slot(k0, seq, a.block_size));
   const int64_t key = int64_t{block} * a.block_size + (part - slot * a.splits) * a.keys;
+  if (key < 0) return item;  // lengths that do not ascend: the slot has no keys
   item.num_keys = static_cast<int>(min(int64_t{a.keys}, k1 - k0 - key));
   if (item.num_keys <= 0) return item;
   item.key_row = static_cast<int>(k0 + key);
