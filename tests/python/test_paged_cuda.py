@@ -197,3 +197,29 @@ def test_chunks_equal_the_packed_forward(counts):
     same = (ids == truth_ids).all(-1).all(0)
     assert same.float().mean() > 0.97
     torch.testing.assert_close(o[same], truth[same], atol=0.02, rtol=0.02)
+
+
+def test_pools_of_more_than_2_31_elements():
+    """Pages at the far end of a pool: the bits of a small pool."""
+    options = {"heads_kv": 2, "group": 4, "dim": 128, "block_size": 64, "dtype": torch.bfloat16}
+    case = PagedCase([300, 150], device=DEVICE, layout="HND", rope=True, **options)
+    far = 2**31 // case.k_cache[0].numel() + 100
+    if torch.cuda.mem_get_info()[0] < 4 * far * case.k_cache[0].numel() * 2:
+        pytest.skip("too little free memory")
+
+    def results():
+        for counts in ([280, 149], [15, 0], [1, 1]):
+            case.append(case.at, counts)
+            o, ids = case.attend(case.at, counts)
+            case.at = [at + n for at, n in zip(case.at, counts)]
+        return o, ids, *case.stored()
+
+    near = results()
+    case.at = [0, 0]
+    for name in ("k_cache", "v_cache", "k_raw_cache"):
+        small = getattr(case, name)
+        setattr(case, name, small.new_empty((far + len(small), *small.shape[1:])))
+    case.table += far
+    assert case.k_cache.numel() > 2**31
+    for name, a, b in zip(("o", "topk_idx", "k", "v", "k_cmp", "v_cmp"), results(), near):
+        assert_same_bits(name, a, b)
