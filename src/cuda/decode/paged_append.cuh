@@ -30,8 +30,8 @@ __device__ __forceinline__ WindowSpan completed_windows(const PagedAppendParams&
                                                         const PagedSpan& s) {
   const PagedWriteParams& w = p.write;
   if (p.cmp.k.data == nullptr || s.num_new() <= 0) return {0, 0};
-  return {static_cast<int>(num_windows(s.before, w.kernel_size, w.kernel_stride)),
-          static_cast<int>(num_windows(s.total, w.kernel_size, w.kernel_stride))};
+  return {count_windows(s.before, w.kernel_size, w.kernel_stride),
+          count_windows(s.total, w.kernel_size, w.kernel_stride)};
 }
 
 // Row of token `token` as compression reads it; null reads as zeros.
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kAppendThreads)
 
 // Dynamic shared memory: the window in fp32, [l * D].
 template <class Element>
-__global__ void __launch_bounds__(kLinearThreads)
+__global__ void __launch_bounds__(kLinearThreads, 2)
     paged_append_linear_kernel(const __grid_constant__ PagedAppendParams p, int parts) {
   using namespace device;
   extern __shared__ __align__(16) float window_tokens[];

@@ -32,6 +32,12 @@ __device__ __forceinline__ PagedSpan find_span(const PagedPacking& packing, int 
           static_cast<int>(min(before + (end - begin), packing.max_k))};
 }
 
+// num_windows() without the 64-bit division, which is a call and costs registers.
+__device__ __forceinline__ int count_windows(int length, int64_t size, int64_t stride) {
+  const int l = static_cast<int>(size);
+  return length < l ? 0 : (length - l) / static_cast<int>(stride) + 1;
+}
+
 // A token's page and its place there; page is -1 where the cache has none.
 struct PagePlace {
   int64_t page;

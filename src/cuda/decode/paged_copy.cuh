@@ -39,7 +39,7 @@ __device__ __forceinline__ void write_prefix_sums(int batch, int32_t* const (&cu
 }
 
 __device__ __forceinline__ int first_open_token(int before, int64_t size, int64_t stride) {
-  return static_cast<int>(num_windows(before, size, stride) * stride);
+  return count_windows(before, size, stride) * static_cast<int>(stride);
 }
 
 }  // namespace device
@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kPagedThreads)
   const int seq = find_sequence(p.cu_cmp, batch, static_cast<int>(row));
   if (seq >= batch) return;
   const PagedSpan s = find_span(p.packing, seq);
-  const int window = static_cast<int>(num_windows(s.before, p.kernel_size, p.kernel_stride) + row -
-                                      __ldg(p.cu_cmp + seq));
+  const int window = static_cast<int>(count_windows(s.before, p.kernel_size, p.kernel_stride) +
+                                      row - __ldg(p.cu_cmp + seq));
   const PagePlace place = find_page(p.cmp.table, seq, window);
   if (place.page < 0) return;
   copy_rotated(row_pointer<Element>(p.k_cmp, row, head),
@@ -133,15 +133,14 @@ __global__ void __launch_bounds__(kPagedThreads)
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     paged_lengths_kernel(const __grid_constant__ PagedGatherParams p) {
   using namespace device;
   const int batch = static_cast<int>(p.packing.batch);
   int32_t* const cu[] = {p.cu_k, p.cmp.k.data == nullptr ? nullptr : p.cu_cmp};
   write_prefix_sums(batch, cu, [&](int b, int list) {
     const PagedSpan s = find_span(p.packing, b);
-    return list == 0 ? s.total
-                     : static_cast<int>(num_windows(s.total, p.kernel_size, p.kernel_stride));
+    return list == 0 ? s.total : count_windows(s.total, p.kernel_size, p.kernel_stride);
   });
   for (int b = threadIdx.x; b < batch; b += kThreads) {
     p.q_offset[b] = max(__ldg(p.packing.cache_seqlens + b), 0);
