@@ -48,8 +48,11 @@ constexpr int64_t num_tile_slots(int64_t total, int64_t batch, int64_t tile_rows
 // Position of the first query of a sequence.
 __device__ __forceinline__ int query_offset(const Packing& packing, int seq, int num_queries) {
   if (seq >= packing.batch) return 0;
-  if (packing.q_offset != nullptr) return __ldg(packing.q_offset + seq);
-  return __ldg(packing.cu_k + seq + 1) - __ldg(packing.cu_k + seq) - num_queries;
+  const int64_t offset = packing.q_offset != nullptr ? int64_t{__ldg(packing.q_offset + seq)}
+                                                     : int64_t{__ldg(packing.cu_k + seq + 1)} -
+                                                           __ldg(packing.cu_k + seq) - num_queries;
+  // Beyond any sequence, and such that no sum of it with a token or a reach overflows.
+  return static_cast<int>(min(max(offset, -(int64_t{1} << 29)), int64_t{1} << 30));
 }
 
 }  // namespace fsattn::device
