@@ -11,6 +11,8 @@ import torch
 import fsattn
 
 HEADS_Q, HEADS_KV, DIM = 4, 2, 64
+TOTAL = 333
+LENGTHS = (0, 20, 20, TOTAL)
 WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
 
 
@@ -26,7 +28,7 @@ def backward(*outputs):
 
 
 def compress_all(device, x, cu):
-    """Every kind of compression; returns the rows of the last."""
+    """Every kind of compression, forward and backward; returns the rows of the last."""
     weights = {
         "mean": None,
         "weighted": randn(device, HEADS_KV, 32),
@@ -80,13 +82,18 @@ def run_paged(device):
     return [r for r in results if r.is_floating_point()]
 
 
-def main(device):
-    torch.manual_seed(0)
-    total = 333
-    cu = torch.tensor([0, 20, 20, total], dtype=torch.int32).to(device)
-    q = randn(device, total, HEADS_Q, DIM)
-    k = randn(device, total, HEADS_KV, DIM)
-    v = randn(device, total, HEADS_KV, DIM)
+def int32(device, *values):
+    return torch.tensor(values, dtype=torch.int32).to(device)
+
+
+def make_qkv(device):
+    return [randn(device, TOTAL, heads, DIM) for heads in (HEADS_Q, HEADS_KV, HEADS_KV)]
+
+
+def run_valid(device):
+    """Every operator as it is meant to be called."""
+    total, cu = TOTAL, int32(device, *LENGTHS)
+    q, k, v = make_qkv(device)
     rows, cu_cmp = compress_all(device, k, cu)
     k_cmp, v_cmp = leaves(rows, rows)
 
@@ -114,8 +121,69 @@ def main(device):
     results += [cmp, sel, win, mixed, whole, q.grad, k.grad, v.grad, k_cmp.grad, v_cmp.grad]
     if not all(bool(r.cpu().isfinite().all()) for r in results):
         sys.exit("a result is not finite")
+
+
+FAR = 2**31 - 1
+WRONG_LENGTHS = {
+    "behind the end": (0, 20, 20, 100_000),
+    "descending": (0, 300, 20, TOTAL),
+    "negative": (-5, -70, 20, TOTAL),
+    "huge": (0, FAR, -FAR - 1, TOTAL),
+    "late": (300, 310, 320, TOTAL + 50),
+}
+WRONG_OFFSETS = {"far": (FAR, FAR, FAR), "past": (-FAR - 1, -FAR - 1, -9)}
+
+
+def run_attention(device, cu_q, cu_k, cu_cmp, q_offset=None):
+    """Every operator over queries, with whatever lengths and offsets and with wild block ids."""
+    q, k, v = make_qkv(device)
+    k_cmp, v_cmp = (randn(device, 20, HEADS_KV, DIM) for _ in "kv")
+    ids = torch.randint(-3, 9, (HEADS_KV, TOTAL, 4), dtype=torch.int32)
+    ids[0, :, 1], ids[1, :, 2] = FAR, -FAR - 1
+    ids = ids.to(device)
+    seq, cmp = (cu_q, cu_k), (cu_q, cu_k, cu_cmp)
+    offset = {"q_offset": q_offset}
+    backward(fsattn.window_attention(q, k, v, *seq, window_size=48, **offset))
+    backward(fsattn.selected_attention(q, k, v, ids, *seq, block_size=64, **offset))
+    index = fsattn.build_block_index(ids, *seq, TOTAL, TOTAL, block_size=64, **offset)
+    backward(fsattn.selected_attention(q, k, v, ids, *seq, TOTAL, TOTAL, block_size=64,
+                                       block_index=index, **offset))  # fmt: skip
+    backward(fsattn.compressed_attention(q, k_cmp, v_cmp, *cmp, **WINDOWS, **offset))
+    lse = torch.randn(HEADS_Q, TOTAL).to(device)
+    fsattn.select_blocks(
+        q.detach(), k_cmp.detach(), lse, *cmp, block_size=64, topk=4, **WINDOWS, **offset
+    )
+    gates = randn(device, TOTAL, HEADS_Q, 3)
+    backward(fsattn.native_sparse_attention(
+        q, k, v, k_cmp, v_cmp, gates, *cmp, topk=4, **WINDOWS, **offset
+    ))  # fmt: skip
+
+
+def run_wrong(device):
+    """Each wrong vector of lengths for the queries, the keys and the compressed keys, and offsets."""
+    good, good_cmp = int32(device, *LENGTHS), int32(device, 0, 0, 0, 18)
+    for name, lengths in WRONG_LENGTHS.items():
+        wrong = int32(device, *lengths)
+        compress_all(device, randn(device, TOTAL, HEADS_KV, DIM), wrong)
+        run_attention(device, wrong, good, good_cmp)
+        run_attention(device, good, wrong, good_cmp)
+        run_attention(device, good, good, wrong)
+        torch.cuda.synchronize()
+        print(f"survived lengths: {name}", flush=True)
+    for name, offsets in WRONG_OFFSETS.items():
+        run_attention(device, good, good, good_cmp, int32(device, *offsets))
+        torch.cuda.synchronize()
+        print(f"survived offsets: {name}", flush=True)
+
+
+def main(device, parts):
+    torch.manual_seed(0)
+    if "valid" in parts:
+        run_valid(device)
+    if "wrong" in parts and device != "cpu":
+        run_wrong(device)
     print("all operators ran")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+    main(sys.argv[1] if len(sys.argv) > 1 else "cuda", sys.argv[2:] or ["valid", "wrong"])
