@@ -65,6 +65,7 @@ sanitize_kernels() {
   local programs=(
     "test_device_mma" "test_device_util" "test_device_sm90 sm90"
     "test_dense_attn tiny" "test_dense_attn sm90 tiny"
+    "test_select_blocks lengths" "test_decode ragged"
     "test_selected_fwd hostile" "test_selected_fwd sm90a hostile" "test_selected_bwd hostile")
   for program in "${programs[@]}"; do
     echo "-- $program"
@@ -107,7 +108,8 @@ if ! nvidia-smi -L > /dev/null 2>&1; then
 fi
 
 step "kernel tests" ctest --test-dir "$BUILD_DIR" -L gpu --output-on-failure
-step "python tests" "$PYTHON" -m pytest tests/python -q -rs -p no:cacheprovider
+# Tests of the CPU alone are `make test`'s.
+step "python tests" "$PYTHON" -m pytest tests/python -q -rs -k cuda -p no:cacheprovider
 for tool in memcheck racecheck initcheck synccheck; do
   if ! command -v compute-sanitizer > /dev/null; then
     note "$tool" skipped 0
