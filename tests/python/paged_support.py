@@ -284,3 +284,33 @@ class PagedCase:
         self.check_stored()
         self.check_outputs()
         return self
+
+
+PAGED_OPERATORS = [
+    "append_kv",
+    "paged_native_sparse_attention_out",
+    "paged_selected_attention_out",
+]
+
+
+def operator_samples():
+    """Arguments for every operator of torch.ops.fsattn over a paged cache, by name."""
+    case = PagedCase([64], rope=True, raw_size=32, kind="linear", dtype=torch.float32)
+    names = ("k_cache", "v_cache", "k_cmp_cache", "v_cmp_cache", "k_raw_cache")
+    for name in names:
+        getattr(case, name).zero_()  # opcheck compares, and NaN differs from itself
+    cu, start = cu_seqlens([64]), torch.zeros(1, dtype=torch.int32)
+    cache = (case.k_cache, case.v_cache, case.table)
+    cmp = (case.k_cmp_cache, case.v_cmp_cache, case.cmp_table)
+    append = (*cache, *cmp, case.k_raw_cache, case.cos, case.sin)
+    weights = (case.weight_k, case.weight_v, None)
+    out, lse = torch.zeros_like(case.q), torch.zeros(4, 64)
+    ids = torch.zeros(2, 64, 4, dtype=torch.int32)
+    config = (32, 16, 32, 4, 1, 2, 50, 0.0, 0, 0, 0, False, 1 << 30)
+    bounds = (64, 64, 0)
+    samples = (
+        (case.k, case.v, cu, start, *append, *weights, *bounds, 32, 16, 3),
+        (case.q, case.gates, cu, start, *cache, *cmp, *bounds, *config, out, ids.clone()),
+        (case.q, ids, cu, start, *cache, *bounds, 32, 0.0, False, 1 << 30, out, lse),
+    )
+    return dict(zip(PAGED_OPERATORS, samples))

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from paged_support import PagedCase, scattered_tables
+from paged_support import PAGED_OPERATORS, PagedCase, operator_samples, scattered_tables
 from support import (
     DEVICES,
     assert_same_bits,
@@ -237,32 +237,10 @@ def test_without_compression(device):
     assert case.k_cmp_cache.isnan().all()
 
 
-def test_opcheck():
+@pytest.mark.parametrize("name", PAGED_OPERATORS)
+def test_opcheck(name):
     """Schemas tell which arguments are written, and the fakes fit."""
-    case = PagedCase([64], rope=True, raw_size=32, kind="linear", dtype=torch.float32)
-    for cache in (case.k_cache, case.v_cache, case.k_cmp_cache, case.v_cmp_cache):
-        cache.zero_()
-    case.k_raw_cache.zero_()
-    cu, start = cu_seqlens([64]), torch.zeros(1, dtype=torch.int32)
-    tests = ("test_schema", "test_faketensor")
-    caches = (case.k_cache, case.v_cache, case.table)
-    cmp = (case.k_cmp_cache, case.v_cmp_cache, case.cmp_table)
-    weights = (case.weight_k, case.weight_v, None)
-    args = (case.k, case.v, cu, start, *caches, *cmp, case.k_raw_cache, case.cos, case.sin)
-    torch.library.opcheck(
-        torch.ops.fsattn.append_kv.default,
-        (*args, *weights, 64, 64, 0, 32, 16, 3),
-        test_utils=tests,
-    )
-    out = torch.zeros_like(case.q)
-    ids = torch.zeros(2, 64, 4, dtype=torch.int32)
-    config = (32, 16, 32, 4, 1, 2, 50, 0.0, 0, 0, 0, False, 1 << 30)
-    args = (case.q, case.gates, cu, start, *caches, *cmp, 64, 64, 0, *config, out, ids)
-    attend = torch.ops.fsattn.paged_native_sparse_attention_out.default
-    torch.library.opcheck(attend, args, test_utils=tests)
-    args = (case.q, ids, cu, start, *caches, 64, 64, 0, 32, 0.0, False, 1 << 30, out)
-    selected = torch.ops.fsattn.paged_selected_attention_out.default
-    torch.library.opcheck(selected, (*args, torch.zeros(4, 64)), test_utils=tests)
+    torch.library.opcheck(getattr(torch.ops.fsattn, name).default, operator_samples()[name])
 
 
 def test_compile():
