@@ -7,11 +7,21 @@
 namespace fsattn {
 namespace {
 
+DecodeSplits splits_of(const PagedProblem& p) {
+  const bool is_nsa = p.op == PagedOp::kAttn;
+  const int64_t max_cmp = is_nsa ? num_windows(p.max_k, p.kernel_size, p.kernel_stride) : 0;
+  return decode_splits(max_cmp, kDecodeSplit, p.block_size, p.topk, is_nsa ? p.window_size : 0);
+}
+
 // Why the fused attention does not serve a problem; null when it does.
 const char* refuse_decode(const PagedProblem& p, const DeviceInfo& device, int row) {
   if (row < 0) return "no fused row for the dtype and head_dim";
   if (p.max_seqlen_q > kDecodeMaxQueries) return "more new tokens than the fused kernels take";
   if (p.group_size() > kDecodeMaxGroup) return "a larger group than the fused kernels take";
+  const DecodeSplits splits = splits_of(p);
+  if (splits.cmp > kDecodeMaxParts || 1 + splits.win + splits.sel > kDecodeMaxParts) {
+    return "more splits than the fused kernels combine";
+  }
   if (p.topk > kDecodeMaxTopk) return "more blocks than the fused kernels take";
   constexpr size_t kStatic = 4096;  // shared memory that is not counted by the table
   size_t smem = decode_smem(kDecodeTable[static_cast<size_t>(row)]);
@@ -39,8 +49,7 @@ PagedChoice choose_decode(const PagedProblem& p, const DeviceInfo& device) {
   const int64_t max_blocks = is_nsa ? ceil_div(p.max_k, p.block_size) : 0;
   choice.row = row;
   choice.tuning.cmp_split = kDecodeSplit;
-  const DecodeSplits splits =
-      decode_splits(max_cmp, kDecodeSplit, p.block_size, p.topk, is_nsa ? p.window_size : 0);
+  const DecodeSplits splits = splits_of(p);
   choice.scratch_bytes =
       static_cast<size_t>(decode_scratch(p.batch * p.num_heads_kv, p.max_q, p.group_size(),
                                          p.head_dim_v, max_cmp, max_blocks, splits, is_nsa)

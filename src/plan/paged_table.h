@@ -63,6 +63,7 @@ inline constexpr int64_t kDecodeSplit = 512;
 inline constexpr int64_t kDecodeMaxQueries = 8;
 inline constexpr int64_t kDecodeMaxTopk = 128;
 inline constexpr int64_t kDecodeMaxGroup = 64;
+inline constexpr int64_t kDecodeMaxParts = 512;  // partial results that are combined at a time
 // Of a sequence: their scores lie in shared memory. More than kDecodePooledBlocks of them are scored by
 // a kernel of its own.
 inline constexpr int64_t kDecodeMaxBlocks = 32768;

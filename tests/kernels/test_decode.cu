@@ -141,12 +141,12 @@ struct Call {
   }
 };
 
-// Half the distance of two numbers around 1.
-double rounding(DType dtype) { return dtype == DType::kBFloat16 ? 1.0 / 512 : 1.0 / 4096; }
+// The largest relative error of a rounding: half the distance of 1 and the next number.
+double rounding(DType dtype) { return dtype == DType::kBFloat16 ? 1.0 / 256 : 1.0 / 2048; }
 
 // P is rounded before P V, the output once more; the fp32 statistics add little.
 double tolerance(DType dtype, double value, double weight) {
-  return 1.05 * rounding(dtype) * (weight + std::fabs(value)) + 3e-5 * weight + 1e-7;
+  return rounding(dtype) * (weight + std::fabs(value)) + 3e-5 * weight + 1e-7;
 }
 
 struct Errors {

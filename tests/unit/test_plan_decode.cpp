@@ -23,7 +23,7 @@ PagedProblem llama(PagedOp op) {
   p.device = {DeviceType::kCuda, 0};
   p.dtype = DType::kBFloat16;
   p.batch = p.total_q = 16;
-  p.max_q = 1;
+  p.max_q = p.max_seqlen_q = 1;
   p.max_k = 65536;
   p.num_heads_q = op == PagedOp::kAppend ? 0 : 32;
   p.num_heads_kv = 8;
@@ -91,7 +91,7 @@ TEST(what_is_not_fused) {
     EXPECT_EQ(choice.reason, std::string(reason));
   };
   PagedProblem p = llama(PagedOp::kAttn);
-  p.max_q = 9;
+  p.max_q = p.max_seqlen_q = 9;
   expect_refusal(p, kH200, "more new tokens than the fused kernels take");
   p = llama(PagedOp::kAttn);
   p.block_size = 16;
@@ -102,7 +102,7 @@ TEST(what_is_not_fused) {
   expect_refusal(p, kH200, "a larger group than the fused kernels take");
   expect_refusal(llama(PagedOp::kAttn), kRtx, "the device has too little shared memory");
   p = llama(PagedOp::kAppend);
-  p.max_q = 9;
+  p.max_q = p.max_seqlen_q = 9;
   expect_refusal(p, kH200, "more new tokens than the fused kernels take");
   p = llama(PagedOp::kAppend);
   p.compress_kind = CompressKind::kLinear;

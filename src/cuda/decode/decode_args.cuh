@@ -40,7 +40,7 @@ __device__ __forceinline__ int unit_rows(const DecodeArgs& p) { return p.max_q *
 // A sequence of the batch. Lengths come from the device and are clamped to what exists.
 struct DecodeSequence {
   int token;     // its first query
-  int num_q;     // queries
+  int num_q;     // queries; none when there are more than max_q
   int position;  // of the first one; clamped far beyond any key
   int num_keys;  // tokens, the new ones included
   int num_cmp;   // compressed keys
@@ -59,7 +59,7 @@ __device__ __forceinline__ DecodeSequence find_sequence(const DecodeArgs& p, int
   const int before = max(__ldg(p.packing.cache_seqlens + seq), 0);
   DecodeSequence s;
   s.token = begin;
-  s.num_q = min(end - begin, p.max_q);
+  s.num_q = end - begin <= p.max_q ? end - begin : 0;  // more than the call was made for: left out
   s.position = min(before, Band::kUnlimited);
   s.num_keys =
       static_cast<int>(min(static_cast<int64_t>(s.position) + (end - begin), p.packing.max_k));

@@ -54,45 +54,61 @@ __device__ __forceinline__ PartialRows part_rows(const DecodeArgs& p, const Deco
           static_cast<int64_t>(p.parts) * p.head_dim_v, p.parts};
 }
 
-// One branch of an output row: the partial results [first, end) of `row`, four columns.
-__device__ __forceinline__ float4 combine_parts(const float* o, int64_t o_stride, const float* lse,
-                                                int64_t lse_stride, int count, float& total_lse) {
+// Turns the lse of partial results into weights that add up to `scale`. One warp; returns the lse of all.
+__device__ __forceinline__ float weigh_parts(float* lse, int count, float scale, int lane) {
   float top = -INFINITY, total = 0.f;
-#pragma unroll 4
-  for (int i = 0; i < count; ++i) top = fmaxf(top, __ldcg(lse + i * lse_stride));
-  total_lse = -INFINITY;
+  for (int i = lane; i < count; i += kWarpSize) top = fmaxf(top, lse[i]);
+#pragma unroll
+  for (int d = kWarpSize / 2; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, d));
+  const bool is_empty = top == -INFINITY;
+  for (int i = lane; i < count; i += kWarpSize) {
+    const float part = is_empty ? 0.f : exp2_approx((lse[i] - top) * kLog2E);
+    lse[i] = part;
+    total += part;
+  }
+#pragma unroll
+  for (int d = kWarpSize / 2; d > 0; d /= 2) total += __shfl_xor_sync(kFullMask, total, d);
+  if (is_empty) return top;
+  for (int i = lane; i < count; i += kWarpSize) lse[i] *= scale / total;
+  return top + log2_approx(total) * kLn2;
+}
+
+// Four columns of a weighted sum of partial results. What has no weight may never have been written.
+__device__ __forceinline__ float4 add_parts(const float* o, int64_t stride, const float* weight,
+                                            int count) {
   float4 sum{};
-  if (top == -INFINITY) return sum;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = 0; i < count; ++i) {
-    total += exp2_approx((__ldcg(lse + i * lse_stride) - top) * kLog2E);
+    float4 x{};
+    if (weight[i] != 0.f) x = __ldcg(reinterpret_cast<const float4*>(o + i * stride));
+    add_scaled(sum, weight[i], x);
   }
-  const float inverse = 1.f / total;
-#pragma unroll 4
-  for (int i = 0; i < count; ++i) {
-    const float part = __ldcg(lse + i * lse_stride);
-    if (part == -INFINITY) continue;  // nothing was written
-    add_scaled(sum, exp2_approx((part - top) * kLog2E) * inverse,
-               __ldcg(reinterpret_cast<const float4*>(o + i * o_stride)));
-  }
-  total_lse = top + log2_approx(total) * kLn2;
   return sum;
 }
 
-// The splits of the compressed branch become part 0 of each row.
+// The splits of the compressed branch become part 0 of each row. `weights`: shared memory, a float a
+// (row, split).
 __device__ __forceinline__ void combine_compressed(const DecodeArgs& p, const DecodeTile& tile,
-                                                   int splits) {
+                                                   int splits, float* weights) {
   const PartialRows out = part_rows(p, tile, 0);
-  const int64_t first = static_cast<int64_t>(tile.unit) * p.cmp_splits * unit_rows(p) + tile.row;
+  const int lane = threadIdx.x % kWarpSize, rows = unit_rows(p);
+  const int64_t first = static_cast<int64_t>(tile.unit) * p.cmp_splits * rows + tile.row;
+  for (int i = threadIdx.x; i < tile.num_rows * splits; i += blockDim.x) {
+    const int split = i / tile.num_rows, row = i - split * tile.num_rows;
+    weights[row * splits + split] = __ldcg(p.cmp_lse + first + split * rows + row);
+  }
+  __syncthreads();
+  for (int row = threadIdx.x / kWarpSize; row < tile.num_rows; row += blockDim.x / kWarpSize) {
+    const float lse = weigh_parts(weights + row * splits, splits, 1.f, lane);
+    if (lane == 0) out.lse[row * out.lse_stride] = lse;
+  }
+  __syncthreads();
   const int quads = p.head_dim_v / 4;
   for (int i = threadIdx.x; i < tile.num_rows * quads; i += blockDim.x) {
     const int row = i / quads, col = (i - row * quads) * 4;
-    float lse;
-    const float4 x = combine_parts(p.cmp_o + (first + row) * p.head_dim_v + col,
-                                   static_cast<int64_t>(unit_rows(p)) * p.head_dim_v,
-                                   p.cmp_lse + first + row, unit_rows(p), splits, lse);
-    *reinterpret_cast<float4*>(out.o + row * out.o_stride + col) = x;
-    if (col == 0) out.lse[row * out.lse_stride] = lse;
+    *reinterpret_cast<float4*>(out.o + row * out.o_stride + col) =
+        add_parts(p.cmp_o + (first + row) * p.head_dim_v + col,
+                  static_cast<int64_t>(rows) * p.head_dim_v, weights + row * splits, splits);
   }
 }
 
@@ -104,43 +120,54 @@ __device__ __forceinline__ float gate_value(const DecodeArgs& p, int64_t token, 
   return p.has_sigmoid ? 1.f / (1.f + exp2_approx(-x * kLog2E)) : x;
 }
 
-// Adds the branches of one query and writes its output.
+// Adds the branches of `rows` heads of one query, from `first_head` of the group on. `weights`: shared
+// memory, a float a (row, part).
 template <class Element>
-__device__ __forceinline__ void write_query(const DecodeArgs& p, const DecodeTile& tile, int query,
-                                            int64_t token) {
-  const int quads = p.head_dim_v / 4;
-  for (int i = threadIdx.x; i < p.group * quads; i += blockDim.x) {
-    const int g = i / quads, col = (i - g * quads) * 4, head = tile.kv_head * p.group + g;
-    const int64_t row = static_cast<int64_t>(tile.unit) * unit_rows(p) + query * p.group + g;
-    const float* o = p.part_o + row * p.parts * p.head_dim_v + col;
-    const float* lse = p.part_lse + row * p.parts;
-    const int selected = p.parts - p.sel_splits;
-    float branch_lse;
-    float4 x = combine_parts(o + selected * p.head_dim_v, p.head_dim_v, lse + selected, 1,
-                             p.sel_splits, branch_lse);
+__device__ __forceinline__ void write_heads(const DecodeArgs& p, const DecodeTile& tile, int query,
+                                            int64_t token, int first_head, int rows,
+                                            float* weights) {
+  const int lane = threadIdx.x % kWarpSize, parts = p.parts;
+  const int head = tile.kv_head * p.group + first_head;
+  const int64_t first =
+      static_cast<int64_t>(tile.unit) * unit_rows(p) + query * p.group + first_head;
+  for (int i = threadIdx.x; i < rows * parts; i += blockDim.x) {
+    weights[i] = __ldcg(p.part_lse + first * parts + i);
+  }
+  __syncthreads();
+  for (int row = threadIdx.x / kWarpSize; row < rows; row += blockDim.x / kWarpSize) {
+    float* w = weights + row * parts;
     if (p.is_nsa) {
-      const float4 sel = x;
-      const float4 win =
-          combine_parts(o + p.head_dim_v, p.head_dim_v, lse + 1, 1, p.win_splits, branch_lse);
-      const float4 cmp = __ldcg(reinterpret_cast<const float4*>(o));
-      x = {};
-      add_scaled(x, gate_value<Element>(p, token, head, 0), cmp);
-      add_scaled(x, gate_value<Element>(p, token, head, 1), sel);
-      add_scaled(x, gate_value<Element>(p, token, head, 2), win);
-    } else if (col == 0) {
-      static_cast<float*>(p.lse.data)[head * p.lse.head_stride + token] = branch_lse;
+      const float gate_cmp = gate_value<Element>(p, token, head + row, 0);
+      const float gate_sel = gate_value<Element>(p, token, head + row, 1);
+      const float gate_win = gate_value<Element>(p, token, head + row, 2);
+      weigh_parts(w, 1, gate_cmp, lane);
+      weigh_parts(w + 1, p.win_splits, gate_win, lane);
+      weigh_parts(w + 1 + p.win_splits, p.sel_splits, gate_sel, lane);
+    } else {
+      const float lse = weigh_parts(w, parts, 1.f, lane);
+      if (lane == 0) {
+        static_cast<float*>(p.lse.data)[(head + row) * p.lse.head_stride + token] = lse;
+      }
     }
-    Element* out =
-        static_cast<Element*>(p.o.data) + token * p.o.token_stride + head * p.o.head_stride + col;
+  }
+  __syncthreads();
+  const int quads = p.head_dim_v / 4;
+  for (int i = threadIdx.x; i < rows * quads; i += blockDim.x) {
+    const int row = i / quads, col = (i - row * quads) * 4;
+    const float4 x = add_parts(p.part_o + (first + row) * parts * p.head_dim_v + col, p.head_dim_v,
+                               weights + row * parts, parts);
+    Element* out = static_cast<Element*>(p.o.data) + token * p.o.token_stride +
+                   (head + row) * p.o.head_stride + col;
     *reinterpret_cast<uint2*>(out) = {pack_pair<Element>(x.x, x.y), pack_pair<Element>(x.z, x.w)};
   }
+  __syncthreads();  // the weights may be written again
 }
 
 // A CTA has written its part of queries [first, end): whoever comes last adds the branches.
 template <class Element>
 __device__ __forceinline__ void finish_queries(const DecodeArgs& p, const BranchGrid& grid,
                                                const DecodeTile& tile, int token, int first,
-                                               int end, bool* is_last) {
+                                               int end, bool* is_last, float* weights) {
   __threadfence();
   __syncthreads();
   const int query = first + static_cast<int>(threadIdx.x);
@@ -152,26 +179,34 @@ __device__ __forceinline__ void finish_queries(const DecodeArgs& p, const Branch
   for (int i = first; i < end; ++i) {
     if (!is_last[i - first]) continue;
     __threadfence();
-    write_query<Element>(p, tile, i, token + i);
+    for (int head = 0; head < p.group; head += static_cast<int>(kDecodeRows)) {
+      write_heads<Element>(p, tile, i, token + i, head,
+                           min(p.group - head, static_cast<int>(kDecodeRows)), weights);
+    }
   }
 }
 
-// The chunks of this CTA's entries of a row of topk_idx. A row is a set: entries that are not a block of
-// the sequence and repeated ones do not count. Called by the first warp.
+// The chunks of this CTA's entries of a row of topk_idx. A row of the caller's is a set: entries that are
+// not a block of the sequence and repeated ones do not count. Called by the first warp.
 __device__ __forceinline__ void list_selected(const DecodeArgs& p, const DecodeSequence& s,
                                               const int32_t* entries, int seq, int split,
-                                              int position, DecodeShared& shared) {
+                                              int position, int* row, DecodeShared& shared) {
   const int lane = threadIdx.x % kWarpSize;
   const int per_entry = p.block_size / kDecodeChunk;
   const int at = split * p.sel_entries + lane / per_entry;
   bool is_chunk = lane < p.sel_entries * per_entry && at < p.topk;
+  // The rows of decode_select hold no block twice.
+  const int first_entry = p.is_nsa ? split * p.sel_entries : 0;
+  const int end_entry = min((split + 1) * p.sel_entries, p.topk);
+  for (int i = first_entry + lane; i < end_entry; i += kWarpSize) row[i] = __ldcg(entries + i);
+  __syncwarp();
   int key = 0;
   if (is_chunk) {
-    const int block = __ldcg(entries + at);
+    const int block = row[at];
     const int64_t first =
         static_cast<int64_t>(block) * p.block_size + lane % per_entry * kDecodeChunk;
     is_chunk = block >= 0 && first < s.num_keys && first <= position;
-    for (int i = 0; is_chunk && i < at; ++i) is_chunk = __ldcg(entries + i) != block;
+    for (int i = first_entry; i < at; ++i) is_chunk = is_chunk && row[i] != block;
     key = static_cast<int>(first);
   }
   const unsigned taken = __ballot_sync(kFullMask, is_chunk);
@@ -192,6 +227,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ DecodeShared shared;
   __shared__ bool is_last[kRows];
+  __shared__ int entry_row[kDecodeMaxTopk];
+  float* const weights = reinterpret_cast<float*>(smem);
+  static_assert(kRows * kDecodeMaxParts * sizeof(float) <= Traits::kSmemBytes);
+  allow_next_kernel();
   const int thread = threadIdx.x, lane = thread % kWarpSize;
   const uint32_t q_tile = smem_address(smem);
   const BranchGrid grid = branch_grid(p);
@@ -199,11 +238,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 
   const bool is_early = static_cast<int>(blockIdx.x) < units * grid.early;
   const int index = is_early ? blockIdx.x : blockIdx.x - units * grid.early;
+  // Heads are the fastest index of the window, so that neighbours read the same pages; the selected blocks
+  // of each head are its own.
+  const int per_unit = is_early ? grid.early : grid.late;
   DecodeTile tile;
-  tile.unit = index / (is_early ? grid.early : grid.late);
-  int rest = index - tile.unit * (is_early ? grid.early : grid.late);
-  tile.seq = tile.unit / p.heads_kv;
-  tile.kv_head = tile.unit - tile.seq * p.heads_kv;
+  tile.seq = index / (per_unit * p.heads_kv);
+  int rest = index - tile.seq * per_unit * p.heads_kv;
+  tile.kv_head = is_early ? rest % p.heads_kv : rest / per_unit;
+  rest = is_early ? rest / p.heads_kv : rest - tile.kv_head * per_unit;
+  tile.unit = tile.seq * p.heads_kv + tile.kv_head;
   const DecodeSequence s = find_sequence(p, tile.seq);
   int part, end_row;
   if (is_early) {
@@ -223,7 +266,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   const int last_query = (tile.row + tile.num_rows - 1) / p.group;
 
   if (is_early && part == 0) {
-    combine_compressed(p, tile, ceil_div(s.num_cmp, p.cmp_split));
+    combine_compressed(p, tile, ceil_div(s.num_cmp, p.cmp_split), weights);
   } else {
     KeyInterval seen[2];
     load_queries<Traits>(p, tile, s.token, q_tile);
@@ -248,7 +291,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
       if (thread < kWarpSize) {
         const int32_t* entries = p.topk_idx + tile.kv_head * p.topk_head_stride +
                                  static_cast<int64_t>(s.token + first_query) * p.topk_token_stride;
-        list_selected(p, s, entries, tile.seq, part - (p.parts - p.sel_splits), t, shared);
+        list_selected(p, s, entries, tile.seq, part - (p.parts - p.sel_splits), t, entry_row,
+                      shared);
       }
       seen[0] = seen[1] = {0, min(t, s.num_keys - 1)};
     }
@@ -260,7 +304,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
     write_partial(result, shared, q_tile, smem, part_rows(p, tile, part), tile.num_rows,
                   p.head_dim_v);
   }
-  finish_queries<Element>(p, grid, tile, s.token, first_query, last_query + 1, is_last);
+  finish_queries<Element>(p, grid, tile, s.token, first_query, last_query + 1, is_last, weights);
 }
 
 }  // namespace fsattn

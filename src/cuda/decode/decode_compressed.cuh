@@ -4,7 +4,7 @@
 // Shapes   16 rows (query tokens x heads of a group) x kDecodeSplit compressed keys a work item.
 // Order    CTAs that stay: they take items in turn, so that a grid sized for the longest sequence that
 //          may come costs nothing while sequences are short, and long ones spread over all SMs.
-//          Items of one (sequence, head) are neighbours.
+//          Items of the heads of one split are neighbours: they read the same pages.
 // Memory   per item K_c and V_c once (256 KB at head_dim 128); writes 4 bytes a (row, key) of scores
 //          and an fp32 output row a split.
 // Bound    HBM. Two CTAs an SM keep 128 KB of copies in flight.
@@ -72,10 +72,10 @@ __device__ __forceinline__ CompressedItem find_item(const DecodeArgs& p,
   }
   const int rows = found.seq.num_q * p.group;
   const int tiles = ceil_div(rows, static_cast<int>(kDecodeRows));
-  const int tile = rest % tiles, splits = ceil_div(found.seq.num_cmp, p.cmp_split);
+  const int tile = rest % tiles;
   rest /= tiles;
-  const int head = rest / splits;
-  found.split = rest - head * splits;
+  found.split = rest / p.heads_kv;
+  const int head = rest - found.split * p.heads_kv;
   const int row = tile * static_cast<int>(kDecodeRows);
   found.tile = {seq, head, seq * p.heads_kv + head, row,
                 min(rows - row, static_cast<int>(kDecodeRows))};
@@ -91,6 +91,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ DecodeShared shared;
   __shared__ ItemIndex<Traits::kThreads> index;
+  wait_for_previous_kernel();
+  // Not before: what the next kernels read early, lengths and queries, is then complete.
   allow_next_kernel();
   const int thread = threadIdx.x, lane = thread % kWarpSize;
   const uint32_t q_tile = smem_address(smem);

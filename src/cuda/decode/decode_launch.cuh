@@ -166,7 +166,7 @@ void launch_paged_attn(const PagedAttnParams& params, Stream stream) {
   launch_decode_kernel(
       decode_compressed_kernel<Traits>,
       std::max(std::min(items, int64_t{device.num_sms} * Traits::kMinCtas), int64_t{1}),
-      Traits::kThreads, Traits::kSmemBytes, false, stream, args);
+      Traits::kThreads, Traits::kSmemBytes, device.has_overlap, stream, args);
   launch_decode_select(args, device.has_overlap, stream);
   launch_decode_branches<kConfig>(args, device.has_overlap, stream);
 }

@@ -67,7 +67,7 @@ __device__ __forceinline__ float4 group_probability(const DecodeArgs& p, const f
   const int heads = p.group_reduce == GroupReduce::kFirstHead ? 1 : p.group;
   const bool takes_max = p.group_reduce == GroupReduce::kMax;
   float4 sum{};
-#pragma unroll 4
+#pragma unroll 8
   for (int g = 0; g < heads; ++g) {
     const float4 s = __ldcg(reinterpret_cast<const float4*>(scores + g * p.scores_pitch));
     const float4 x{
@@ -186,7 +186,9 @@ __device__ __forceinline__ uint32_t find_threshold(const uint32_t* score, int co
       reach.y += s >= high ? 1u : 0u;
     };
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) tally(held[i]);
+    for (int i = 0; i < kHeld; ++i) {
+      if (i * kDecodeSelectThreads < count) tally(held[i]);
+    }
     for (int at = threadIdx.x + kHeld * kDecodeSelectThreads; at < count;
          at += kDecodeSelectThreads) {
       tally(score[at]);
@@ -259,11 +261,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   static_assert(kThreads == kDecodeSelectThreads);
   __shared__ __align__(16) float prob[kDecodeSelectKeys];
   __shared__ float lse_log2[kDecodeMaxGroup];
-  wait_for_previous_kernel();
-  allow_next_kernel();
   const int steps = ceil_div(p.max_blocks, blocks_a_step(p)), index = blockIdx.x / steps;
   const int base = (blockIdx.x - index * steps) * blocks_a_step(p);
   const SelectQuery q = find_query(p, index);
+  wait_for_previous_kernel();
+  allow_next_kernel();
   if (!q.is_query || q.c.count <= q.c.room || base >= q.c.count) return;
   combine_lse(p, q.unit, q.query * p.group, ceil_div(q.s.num_cmp, p.cmp_split), lse_log2);
   __syncthreads();
@@ -278,20 +280,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(16) float prob[];
   __shared__ float lse_log2[kDecodeMaxGroup];
   __shared__ uint2 sums[2 * kDecodeSelectThreads / kWarpSize];
-  wait_for_previous_kernel();
-  // The next kernel starts now: it has work that needs the compressed branch alone.
-  allow_next_kernel();
   const SelectQuery q = find_query(p, blockIdx.x);
-  if (!q.is_query) return;
   const Competition& c = q.c;
   int32_t* out = p.topk_idx + q.kv_head * p.topk_head_stride +
                  static_cast<int64_t>(q.s.token + q.query) * p.topk_token_stride;
   const int ranked = min(c.room, c.count), total = c.num_init + ranked + c.num_local;
-  for (int i = threadIdx.x; i < p.topk; i += kThreads) {
+  for (int i = threadIdx.x; q.is_query && i < p.topk; i += kThreads) {
     if (i < c.num_init) out[i] = i;
     if (i >= c.num_init + ranked) out[i] = i < total ? c.num_blocks - (total - i) : -1;
   }
-  if (ranked == 0) return;
+  wait_for_previous_kernel();
+  // The next kernel starts now: it has work that needs the compressed branch alone.
+  allow_next_kernel();
+  if (!q.is_query || ranked == 0) return;
   uint32_t* score = reinterpret_cast<uint32_t*>(prob + kDecodeSelectKeys);
   if (c.count <= c.room) {
     for (int i = threadIdx.x; i < c.count; i += kThreads) score[i] = 1;
