@@ -64,11 +64,12 @@ PagedChoice choose_append(const PagedProblem& p, const DeviceInfo& device) {
     choice.reason = "more new tokens than the fused kernels take";
     return choice;
   }
-  constexpr size_t kStatic = 8192;  // shared memory beside the window
-  const bool has_linear = p.cmp_page_size > 0 && p.compress_kind == CompressKind::kLinear;
-  const auto window = static_cast<size_t>(
-      paged_append_linear_smem(p.kernel_size, std::max(p.head_dim, p.head_dim_v)));
-  if (has_linear && window + kStatic > device.smem_per_cta) {
+  constexpr size_t kStatic = 8192;  // shared memory beside the windows
+  const bool is_linear = p.compress_kind == CompressKind::kLinear;
+  const int64_t window =
+      is_linear ? paged_append_linear_smem(p.kernel_size, std::max(p.head_dim, p.head_dim_v))
+                : paged_append_smem(p.kernel_size, p.head_dim, p.head_dim_v);
+  if (p.cmp_page_size > 0 && static_cast<size_t>(window) + kStatic > device.smem_per_cta) {
     choice.reason = "the device has too little shared memory for a window";
     return choice;
   }

@@ -40,6 +40,9 @@ constexpr int find_decode_row(DType dtype, int64_t head_dim, int64_t head_dim_v)
   return -1;
 }
 
+// New tokens of a sequence that the fused kernels take.
+inline constexpr int64_t kDecodeMaxQueries = 8;
+
 // The copies between packed tensors and pages.
 struct PagedCopyConfig {
   Arch arch;
@@ -51,6 +54,13 @@ inline constexpr std::array kPagedCopyTable{
     PagedCopyConfig{Arch::kSm80, DType::kFloat16 },
 };
 
+// Shared memory of paged_append: the weights of a window, and the tokens of all windows that a call
+// completes (kDecodeMaxQueries - 1 more than a window at the most).
+constexpr int64_t paged_append_smem(int64_t kernel_size, int64_t head_dim, int64_t head_dim_v) {
+  return round_up(2 * kernel_size, int64_t{4}) * 4 +
+         (kernel_size + kDecodeMaxQueries - 1) * (head_dim + head_dim_v) * 2;
+}
+
 // Shared memory of the linear kind of paged_append: one window in fp32.
 constexpr int64_t paged_append_linear_smem(int64_t kernel_size, int64_t head_dim) {
   return kernel_size * head_dim * 4;
@@ -60,7 +70,6 @@ constexpr int64_t paged_append_linear_smem(int64_t kernel_size, int64_t head_dim
 // sequence is split depends on its own length alone.
 inline constexpr int64_t kDecodeRows = 16;
 inline constexpr int64_t kDecodeSplit = 512;
-inline constexpr int64_t kDecodeMaxQueries = 8;
 inline constexpr int64_t kDecodeMaxTopk = 128;
 inline constexpr int64_t kDecodeMaxGroup = 64;
 inline constexpr int64_t kDecodeMaxParts = 512;  // partial results that are combined at a time

@@ -4,13 +4,15 @@
 //          the compressed key is rounded, rotated by the window's first position and rounded again.
 // Shapes   params/paged.h. Most calls complete no window: one in d, for one token a sequence.
 // Tiles    pooling kinds: one CTA per (sequence, KV head), one warp a completed window and tensor, 16
-//          bytes a lane; sums in the order of compress_kv. linear: one CTA per (sequence, head, tensor,
+//          bytes a lane, over tokens in shared memory; sums in the order of compress_kv. linear: one CTA per (sequence, head, tensor,
 //          32 columns), the window in shared memory, the rows of W shared out over 32 slices.
 // Order    windows are read before new tokens overwrite raw keys: a barrier, or a second kernel.
 // Bound    latency; linear: l * D * D weights a (sequence, head) from L2.
 #pragma once
 #include "cuda/decode/paged_append.h"
 #include "cuda/decode/paged_copy.cuh"
+#include "cuda/device/copy_sm80.cuh"
+#include "cuda/device/mma_sm80.cuh"
 
 namespace fsattn {
 
@@ -66,28 +68,58 @@ __device__ __forceinline__ void load_window_weights(CompressKind kind, const voi
   }
 }
 
-// Eight columns of one pooled window.
+// Where the tokens that completed windows read lie in shared memory: rows of K, then rows of V.
 template <class Element>
-__device__ __forceinline__ Vector8<Element> pool_window(const PagedAppendParams& p,
-                                                        const PagedSpan& s, int seq, int head,
-                                                        int window, bool is_value,
-                                                        const float* weights, int column) {
+struct StagedTokens {
+  Element* k;
+  Element* v;
+  int first, count;  // tokens
+};
+
+// Starts the copies of all of them at once: one after the other, each would wait for the one before. The
+// caller waits and synchronises.
+template <class Element>
+__device__ __forceinline__ void stage_tokens(const PagedAppendParams& p, const PagedSpan& s,
+                                             int seq, int head,
+                                             const StagedTokens<Element>& staged) {
+  const PagedWriteParams& w = p.write;
+  const auto copy_rows = [&](Element* to, int dim, bool is_value) {
+    const int vectors = dim / kVector;
+    for (int i = threadIdx.x; i < staged.count * vectors; i += blockDim.x) {
+      const int t = i / vectors;
+      const Element* row = window_row<Element>(w, s, seq, head, staged.first + t, is_value);
+      const Element* from = row == nullptr ? static_cast<const Element*>(w.k.data) : row;
+      cp_async_16(smem_address(to + i * kVector), from + (i - t * vectors) * kVector,
+                  row != nullptr);
+    }
+  };
+  copy_rows(staged.k, static_cast<int>(w.shape.head_dim), false);
+  copy_rows(staged.v, static_cast<int>(w.shape.head_dim_v), true);
+  cp_async_commit();
+}
+
+// Eight columns of one pooled window whose first token is row `tokens` of shared memory.
+template <class Element>
+__device__ __forceinline__ Vector8<Element> pool_window(const PagedAppendParams& p, int head,
+                                                        const Element* tokens, int dim,
+                                                        bool is_value, const float* weights,
+                                                        int column) {
   const int size = static_cast<int>(p.write.kernel_size);
-  const int first = static_cast<int>(window * p.write.kernel_stride);
-  Vector8<Element> y;
+  const bool has_bias = !is_value && p.pos_emb != nullptr;
+  const Element* pos_emb =
+      static_cast<const Element*>(p.pos_emb) + static_cast<int64_t>(head) * size * dim + column;
+  Vector8<Element> y, bias;
+  if (has_bias) {
+#pragma unroll 8
+    for (int t = 0; t < size; ++t) {
+      bias.add_scaled(weights[t], Vector8<Element>::load(pos_emb + static_cast<int64_t>(t) * dim));
+    }
+  }
 #pragma unroll 8
   for (int t = 0; t < size; ++t) {
-    const Element* row = window_row<Element>(p.write, s, seq, head, first + t, is_value);
-    if (row != nullptr) y.add_scaled(weights[t], Vector8<Element>::load(row + column));
+    y.add_scaled(weights[t], Vector8<Element>::load(tokens + t * dim + column));
   }
-  if (is_value || p.pos_emb == nullptr) return y;
-  const int64_t dim = p.write.shape.head_dim;
-  const Element* pos_emb = static_cast<const Element*>(p.pos_emb) + head * size * dim + column;
-  Vector8<Element> bias;
-  for (int t = 0; t < size; ++t) {
-    bias.add_scaled(weights[t], Vector8<Element>::load(pos_emb + t * dim));
-  }
-  y.add_scaled(1.f, bias);
+  if (has_bias) y.add_scaled(1.f, bias);
   return y;
 }
 
@@ -102,7 +134,7 @@ __device__ __forceinline__ Element* compressed_row(const PagedAppendParams& p, i
 
 }  // namespace device
 
-// Dynamic shared memory: fp32 weights [2, l] of K and V.
+// Dynamic shared memory: fp32 weights [2, l] of K and V, then the tokens of the windows.
 template <class Element>
 __global__ void __launch_bounds__(kAppendThreads)
     paged_append_kernel(const __grid_constant__ PagedAppendParams p) {
@@ -114,35 +146,42 @@ __global__ void __launch_bounds__(kAppendThreads)
   const int heads = static_cast<int>(w.shape.num_heads_kv), seq = blockIdx.x / heads;
   const int head = blockIdx.x - seq * heads;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int size = static_cast<int>(w.kernel_size), stride = static_cast<int>(w.kernel_stride);
   const PagedSpan s = find_span(w.packing, seq);
   const WindowSpan windows = completed_windows(p, s);
-  if (windows.first < windows.end) {
-    const int size = static_cast<int>(w.kernel_size);
+  if (s.num_new() > w.packing.max_q) return;  // more than the call was made for: not stored
+  const bool has_windows = windows.first < windows.end;
+  const int dim_k = static_cast<int>(w.shape.head_dim);
+  StagedTokens<Element> staged{};
+  if (has_windows) {
+    staged.first = windows.first * stride;
+    staged.count = (windows.end - 1) * stride + size - staged.first;
+    staged.k = reinterpret_cast<Element*>(weights + round_up(2 * size, 4));
+    staged.v = staged.k + staged.count * dim_k;
+    stage_tokens(p, s, seq, head, staged);
     load_window_weights<Element>(p.kind, p.weight_k, size, head, weights);
     load_window_weights<Element>(p.kind, p.weight_v, size, head, weights + size);
-    __syncthreads();
-    for (int task = warp; task < 2 * (windows.end - windows.first); task += kWarps) {
-      const int window = windows.first + task / 2, column = lane * kVector;
-      const bool is_value = task % 2 == 1;
-      const int dim = static_cast<int>(is_value ? w.shape.head_dim_v : w.shape.head_dim);
-      Element* to = compressed_row<Element>(p, seq, head, window, is_value);
-      Vector8<Element> y;
-      if (column < dim) {
-        y = pool_window<Element>(p, s, seq, head, window, is_value, weights + (is_value ? size : 0),
-                                 column);
-        y.store(is_value && to != nullptr ? to + column : rounded[warp] + column);
-      }
-      __syncwarp();
-      if (!is_value) {
-        copy_rotated(rounded[warp], to, dim, w.rope, static_cast<int>(window * w.kernel_stride),
-                     lane);
-      }
-      __syncwarp();
-    }
-    __syncthreads();  // the windows have been read
+    cp_async_wait<0>();
+    __syncthreads();  // from here on raw keys may be overwritten
   }
   for (int i = warp; i < s.num_new(); i += kWarps) {
     store_token<Element>(w, seq, s.before + i, s.total, s.first_row + i, head, lane);
+  }
+  for (int task = kWarps - 1 - warp; task < 2 * (windows.end - windows.first); task += kWarps) {
+    const int window = windows.first + task / 2, column = lane * kVector;
+    const bool is_value = task % 2 == 1;
+    const int dim = is_value ? static_cast<int>(w.shape.head_dim_v) : dim_k;
+    const Element* tokens =
+        (is_value ? staged.v : staged.k) + (window - windows.first) * stride * dim;
+    Element* to = compressed_row<Element>(p, seq, head, window, is_value);
+    if (column < dim) {
+      const auto y = pool_window<Element>(p, head, tokens, dim, is_value,
+                                          weights + (is_value ? size : 0), column);
+      y.store(is_value && to != nullptr ? to + column : rounded[warp] + column);
+    }
+    __syncwarp();
+    if (!is_value) copy_rotated(rounded[warp], to, dim, w.rope, window * stride, lane);
+    __syncwarp();
   }
 }
 
@@ -171,7 +210,7 @@ __global__ void __launch_bounds__(kLinearThreads, 2)
   const int column = in_half + (quad < kLinearColumns / 4 ? 0 : half);
   const PagedSpan s = find_span(w.packing, seq);
   const WindowSpan windows = completed_windows(p, s);
-  if (part * kLinearColumns >= half) return;
+  if (part * kLinearColumns >= half || s.num_new() > w.packing.max_q) return;
   const Element* weight = static_cast<const Element*>(is_value ? p.weight_v : p.weight_k) +
                           static_cast<int64_t>(head) * size * dim * dim + column;
   for (int window = windows.first; window < windows.end; ++window) {
@@ -239,9 +278,12 @@ void launch_paged_append(const PagedAppendParams& p, Stream stream) {
   const int64_t units = p.write.packing.batch * p.write.shape.num_heads_kv;
   if (p.write.packing.total_q * units == 0) return;
   if (p.kind != CompressKind::kLinear || p.cmp.k.data == nullptr) {
+    const auto smem = static_cast<int>(
+        paged_append_smem(p.write.kernel_size, p.write.shape.head_dim, p.write.shape.head_dim_v));
+    allow_shared_memory(paged_append_kernel<Element>, smem);
     paged_append_kernel<Element>
-        <<<static_cast<unsigned>(units), kAppendThreads,
-           static_cast<size_t>(2 * p.write.kernel_size) * sizeof(float), cuda_stream>>>(p);
+        <<<static_cast<unsigned>(units), kAppendThreads, static_cast<size_t>(smem), cuda_stream>>>(
+            p);
     FSATTN_CUDA_CHECK(cudaGetLastError());
     return;
   }
