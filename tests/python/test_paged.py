@@ -1,5 +1,7 @@
 """The operators over a paged cache against one full forward by the definition."""
 
+import random
+
 import pytest
 import reference
 import torch
@@ -68,6 +70,51 @@ def test_options(options, device):
     dtype = torch.float64 if device == "cpu" else torch.bfloat16
     case = PagedCase([170, 99], dtype=dtype, device=device, **options)
     case.run([[90, 31], [2, 1], [1, 8], [1, 1], [1, 1], [8, 2], 16]).check()
+
+
+def random_case(seed, device):
+    """Any valid combination of sizes and options, and how the tokens come."""
+    rng = random.Random(seed)
+    stride = rng.choice([8, 16])
+    block = rng.choice([16, 32, 64])
+    page = block * rng.choice([1, 2, 3])
+    kernel = stride * rng.choice([1, 2, 3])
+    divisors = [n for n in range(kernel, page) if page % n == 0]
+    topk = rng.choice([1, 2, 5, 16])
+    options = {
+        "heads_kv": rng.choice([1, 2, 3]),
+        "group": rng.choice([1, 2, 3, 4, 7, 8]),
+        "dim": rng.choice([16, 32, 72, 128]),
+        "dim_v": rng.choice([None, 16, 64]),
+        "page_size": page,
+        "cmp_page_size": rng.choice([16, 32, 48]),
+        "layout": rng.choice(["NHD", "HND"]),
+        "kind": rng.choice(["mean", "weighted", "softmax", "linear"]),
+        "pos_emb": rng.random() < 0.5,
+        "rope": rng.random() < 0.7,
+        "raw_size": rng.choice([None, *divisors]),
+        "kernel_size": kernel,
+        "kernel_stride": stride,
+        "block_size": block,
+        "topk": topk,
+        "init_blocks": rng.choice([0, 1]) if topk > 1 else 0,
+        "local_blocks": rng.choice([0, 1]),
+        "window_size": rng.choice([0, 7, 64, 500]),
+        "group_reduce": rng.choice(["sum", "max", "first_head"]),
+        "gate_heads": rng.random() < 0.5,
+    }
+    lens = [rng.choice([0, 1, rng.randint(2, 260)]) for _ in range(rng.randint(1, 5))]
+    dtype = torch.float64 if device == "cpu" else rng.choice([torch.bfloat16, torch.float16])
+    case = PagedCase(lens, dtype=dtype, device=device, seed=seed, **options)
+    sizes = [0, 1, 1, 2, 8, 9, 40, 130]
+    return case, [[rng.choice(sizes) for _ in lens] for _ in range(20)] + [1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(16))
+def test_random_cases(seed, device):
+    case, counts = random_case(seed, device)
+    case.run(counts).check()
 
 
 @pytest.mark.parametrize("device", DEVICES)
