@@ -48,15 +48,15 @@ class Static:
 
 
 @pytest.mark.parametrize(
-    ("counts", "options"),
+    ("steps", "counts", "options"),
     [
-        ([1, 1, 1], {"rope": True, "raw_size": 32, "kind": "linear", "layout": "HND"}),
-        ([3, 1, 2], {"rope": True, "kind": "softmax", "pos_emb": True, "group": 8}),
+        (1000, [1, 1, 1], {"rope": True, "raw_size": 32, "kind": "linear", "layout": "HND"}),
+        (150, [3, 1, 2], {"rope": True, "kind": "softmax", "pos_emb": True, "group": 8}),
     ],
 )
-def test_graph_replay_grows(counts, options):
-    """One captured step, replayed over 1,000 growing steps."""
-    steps, first = 1000, [70, 3, 130]
+def test_graph_replay_grows(steps, counts, options):
+    """One captured step, replayed while the lengths grow."""
+    first = [70, 3, 130]
     lens = [f + steps * n for f, n in zip(first, counts)]
     case = PagedCase(lens, dtype=torch.bfloat16, device=DEVICE, **options)
     case.advance(first)
