@@ -146,17 +146,17 @@ inline constexpr int64_t kMaxSegmentsPerLaunch = 128;
 
 // What forward and backward choose differently.
 struct SelectedSplitRules {
-  int64_t keys;        // of a part, at most
-  int64_t row_bytes;   // workspace of one partial row
-  int64_t item_rows;   // query rows of one work item, at most
-  int64_t range_rows;  // query rows of a segment, wanted
+  int64_t keys;              // of a part, at most
+  int64_t row_bytes;         // workspace of one partial row
+  int64_t item_rows;         // query rows of one work item, at most
+  int64_t max_item_entries;  // and queries
+  int64_t range_rows;        // query rows of a segment, wanted
 };
 
 constexpr SelectedSplit split_selected(const SelectedShape& shape,
                                        const SelectedSplitRules& rules) {
   constexpr int64_t kMaxRows = int64_t{1} << 30;      // row numbers are 32-bit
   constexpr int64_t kBuildBytes = int64_t{64} << 20;  // work items built ahead
-  constexpr int64_t kMaxItemEntries = 512;
   const int64_t group = shape.group_size();
   SelectedSplit s{};
   s.keys = std::min(shape.block_size, rules.keys);
@@ -181,7 +181,7 @@ constexpr SelectedSplit split_selected(const SelectedShape& shape,
   s.num_launches = ceil_div(s.num_segments, std::max<int64_t>(1, most));
   s.segments_per_launch = s.num_launches == 0 ? 1 : ceil_div(s.num_segments, s.num_launches);
 
-  s.item_entries = std::clamp<int64_t>(rules.item_rows / group, 1, kMaxItemEntries);
+  s.item_entries = std::clamp<int64_t>(rules.item_rows / group, 1, rules.max_item_entries);
   s.item_capacity =
       std::min(s.num_parts, s.range * s.partials) + ceil_div(s.range * s.partials, s.item_entries);
   const int64_t launch_bytes = s.segments_per_launch * s.item_capacity * kSelectedItemBytes;
@@ -233,6 +233,7 @@ constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape) {
       shape, {.keys = selected_keys(shape.head_dim, shape.head_dim_v, shape.block_size),
               .row_bytes = shape.head_dim_v * 2 + 8,
               .item_rows = 1024,
+              .max_item_entries = 512,  // what the shared memory of the wgmma row holds
               .range_rows = 32768});
   const SelectedSplit& s = l.split;
   const int64_t rows = s.rows_per_launch(shape.group_size());
@@ -326,6 +327,7 @@ constexpr SelectedBwdLayout selected_bwd_layout(const SelectedShape& shape) {
   l.split = split_selected(shape, {.keys = kSelectedBwdKeys,
                                    .row_bytes = shape.head_dim * 2,
                                    .item_rows = 2048,
+                                   .max_item_entries = 2048,
                                    .range_rows = 65536});
   const SelectedSplit& s = l.split;
   const bool has_whole_heads = s.segments_per_launch >= s.num_ranges;

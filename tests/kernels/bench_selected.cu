@@ -82,8 +82,7 @@ int main(int argc, char** argv) {
     const Strided<__nv_bfloat16> dk(x.total_k, c.heads_kv, c.dim, 0, 0),
         dv(x.total_k, c.heads_kv, c.dim, 0, 0);
     const SelectedAttnBwdParams params = x.bwd_params(dq, dk, dv, scratch);
-    const int row =
-        find_selected_attn_bwd_row(pass == "bwd" ? Arch::kSm90a : Arch::kSm80, problem);
+    const int row = find_selected_attn_bwd_row(pass == "bwd" ? Arch::kSm90a : Arch::kSm80, problem);
     ms = median_ms([&] { launch_selected_attn_bwd(row, params, nullptr); });
   } else {
     const int row = find_row(pass, problem);

@@ -15,6 +15,13 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
          ((address & 0x3ffff) >> 4);
 }
 
+// The descriptor `bytes` behind that of an operand, for constant `bytes`: one addition, where a new
+// descriptor takes four instructions that depend on each other.
+__device__ __forceinline__ uint64_t wgmma_descriptor_behind(uint64_t operand, int bytes) {
+  return (operand >> 32 << 32) |
+         (static_cast<uint32_t>(operand) + static_cast<uint32_t>(bytes >> 4));
+}
+
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }

@@ -107,30 +107,26 @@ __device__ __forceinline__ void store_dkv_vector(const BwdArgs& a, int64_t token
 // items where others have a few, and one CTA would read them all.
 inline constexpr int kDkvVectors = 2, kDkvSlice = kDkvVectors * kReduceThreads;  // of 4 columns
 
-// sum += the thread's vectors of `count` items, in order; loads of several items are in flight.
-__device__ __forceinline__ void add_items(float4 (&sum)[kDkvVectors], const float4* from,
-                                          int64_t item_vectors, int count,
-                                          const bool (&exists)[kDkvVectors]) {
-  constexpr int kUnroll = 4;
-  for (; count > 0; count -= kUnroll, from += kUnroll * item_vectors) {
-    float4 x[kUnroll][kDkvVectors] = {};
-#pragma unroll
-    for (int n = 0; n < kUnroll; ++n) {
-#pragma unroll
-      for (int u = 0; u < kDkvVectors; ++u) {
-        if (n < count && exists[u]) x[n][u] = __ldcs(from + n * item_vectors + u * kReduceThreads);
-      }
+// The items of a part in the ranges of a launch, in order.
+struct PartItems {
+  const int* begin;  // of each range, in shared memory
+  const int* end;
+  int num_ranges;
+  int range = -1;
+  int at = 0, last = 0;
+
+  // Returns the next one, counted in its range; false behind the last.
+  __device__ __forceinline__ bool next(int& item) {
+    while (at == last) {
+      if (range + 1 >= num_ranges) return false;
+      ++range;
+      at = begin[range];
+      last = end[range];
     }
-#pragma unroll
-    for (int n = 0; n < kUnroll; ++n) {
-#pragma unroll
-      for (int u = 0; u < kDkvVectors; ++u) {
-        sum[u] = {sum[u].x + x[n][u].x, sum[u].y + x[n][u].y, sum[u].z + x[n][u].z,
-                  sum[u].w + x[n][u].w};
-      }
-    }
+    item = at++;
+    return true;
   }
-}
+};
 
 struct DkvArgs {
   BwdArgs bwd;
@@ -178,10 +174,31 @@ __global__ void __launch_bounds__(kReduceThreads, 4)
     exists[u] = i0 + u * kReduceThreads < vectors;
     if (!a.is_first && exists[u]) sum[u] = total[i0 + u * kReduceThreads];
   }
-  for (int r = 0; r < num_ranges; ++r) {
-    const int64_t item0 = int64_t{first_segment + r} * a.list.capacity + begin[r];
-    add_items(sum, reinterpret_cast<const float4*>(a.dkv_items) + item0 * item_vectors + i0,
-              item_vectors, end[r] - begin[r], exists);
+  // Loads of several items are in flight, but they are added in order.
+  constexpr int kUnroll = 4;
+  const auto* items = reinterpret_cast<const float4*>(a.dkv_items) + i0;
+  PartItems next{begin, end, num_ranges};
+  for (bool has_more = true; has_more;) {
+    float4 x[kUnroll][kDkvVectors] = {};
+#pragma unroll
+    for (int n = 0; n < kUnroll; ++n) {
+      int item;
+      has_more = next.next(item);
+      if (!has_more) continue;
+      const int64_t number = int64_t{first_segment + next.range} * a.list.capacity + item;
+#pragma unroll
+      for (int u = 0; u < kDkvVectors; ++u) {
+        if (exists[u]) x[n][u] = __ldcs(items + number * item_vectors + u * kReduceThreads);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kUnroll; ++n) {
+#pragma unroll
+      for (int u = 0; u < kDkvVectors; ++u) {
+        sum[u] = {sum[u].x + x[n][u].x, sum[u].y + x[n][u].y, sum[u].z + x[n][u].z,
+                  sum[u].w + x[n][u].w};
+      }
+    }
   }
 #pragma unroll
   for (int u = 0; u < kDkvVectors; ++u) {

@@ -23,11 +23,13 @@ __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 128
 // Issues acc = A B^T over all columns; A and B are tiles of 64 rows.
 template <class T>
 __device__ __forceinline__ void start_scores(float (&acc)[32], uint32_t a, uint32_t b) {
+  const uint64_t a0 = device::wgmma_descriptor(a, 16), b0 = device::wgmma_descriptor(b, 16);
 #pragma unroll
   for (int kk = 0; kk < T::kD / 16; ++kk) {
-    const uint32_t at = kk / 4 * T::kPanelBytes + kk % 4 * 32;
-    device::wgmma_ss_m64n64k16<typename T::Element>(acc, device::wgmma_descriptor(a + at, 16),
-                                                    device::wgmma_descriptor(b + at, 16), kk > 0);
+    const int at = kk / 4 * T::kPanelBytes + kk % 4 * 32;
+    device::wgmma_ss_m64n64k16<typename T::Element>(acc, device::wgmma_descriptor_behind(a0, at),
+                                                    device::wgmma_descriptor_behind(b0, at),
+                                                    kk > 0);
   }
   device::wgmma_commit();
 }
@@ -36,11 +38,12 @@ __device__ __forceinline__ void start_scores(float (&acc)[32], uint32_t a, uint3
 template <class T>
 __device__ __forceinline__ void start_gradient(typename T::Gradient& acc, const uint32_t (&x)[16],
                                                uint32_t b) {
+  const uint64_t b0 = device::wgmma_descriptor(b, T::kPanelBytes);
   device::wgmma_fence();
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
     const uint32_t fragment[4] = {x[4 * kk], x[4 * kk + 1], x[4 * kk + 2], x[4 * kk + 3]};
-    const uint64_t rows = device::wgmma_descriptor(b + kk * 2048, T::kPanelBytes);
+    const uint64_t rows = device::wgmma_descriptor_behind(b0, kk * 2048);
     if constexpr (T::kPanels == 2) {
       device::wgmma_m64n128k16_mn_major<typename T::Element>(acc, fragment, rows, 1);
     } else {
@@ -116,12 +119,14 @@ __device__ __forceinline__ void store_score_gradient(uint32_t tile, const uint32
 // Issues 64 columns of dQ = dS K.
 template <class T>
 __device__ __forceinline__ void start_dq(float (&dq)[32], uint32_t ds_tile, uint32_t k_panel) {
+  const uint64_t ds0 = device::wgmma_descriptor(ds_tile, 16);
+  const uint64_t k0 = device::wgmma_descriptor(k_panel, T::kPanelBytes);
   device::wgmma_fence();
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
     device::wgmma_ss_m64n64k16_mn_major<typename T::Element>(
-        dq, device::wgmma_descriptor(ds_tile + kk * 32, 16),
-        device::wgmma_descriptor(k_panel + kk * 2048, T::kPanelBytes), kk > 0);
+        dq, device::wgmma_descriptor_behind(ds0, kk * 32),
+        device::wgmma_descriptor_behind(k0, kk * 2048), kk > 0);
   }
   device::wgmma_commit();
 }
