@@ -294,8 +294,9 @@ void launch_paged_append(const PagedAppendParams& p, Stream stream) {
   paged_append_linear_kernel<Element>
       <<<static_cast<unsigned>(units * 2 * parts), kLinearThreads, static_cast<size_t>(smem),
          cuda_stream>>>(p, static_cast<int>(parts));
-  paged_store_kernel<Element><<<paged_ctas(p.write.packing.total_q, p.write.shape.num_heads_kv),
-                                kPagedThreads, 0, cuda_stream>>>(p.write);
+  paged_store_kernel<Element>
+      <<<paged_ctas(p.write.packing.total_q, p.write.shape), kPagedThreads, 0, cuda_stream>>>(
+          p.write);
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
 

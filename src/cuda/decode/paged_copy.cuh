@@ -1,7 +1,7 @@
 // paged_write, paged_scatter, paged_gather: between packed tensors and pages.
 //
 // Shapes   params/paged.h.
-// Tiles    write, scatter: one warp a (token, head), a lane 16 bytes; gather: one CTA 16 tokens.
+// Tiles    write, scatter: 16 or 32 threads a (token, head), 16 bytes each; gather: one CTA 16 tokens.
 // Order    paged_write reads the old tokens that open windows need before it overwrites raw keys: two
 //          kernels. Prefix sums of the lengths first, one CTA.
 // Bound    HBM: every byte read and written once.
@@ -11,11 +11,16 @@
 
 namespace fsattn {
 
-inline constexpr int kPagedThreads = 256, kPagedWarps = kPagedThreads / device::kWarpSize;
+inline constexpr int kPagedThreads = 256;
 // Small tiles fill the machine at short contexts too; four loads in flight a thread hide the latency of
 // what is left. With 64 tokens and one load the copies of 8 chunks up to 64 Ki tokens took 1.1 ms, half of
 // the bandwidth (32/8 heads, D 128, H200).
 inline constexpr int kGatherTokens = 16, kGatherLoads = 4;
+
+// Threads that copy a row, 8 elements each.
+FSATTN_HOST_DEVICE constexpr int paged_lanes(const PagedShape& shape) {
+  return shape.head_dim <= 128 && shape.head_dim_v <= 128 ? 16 : 32;
+}
 
 namespace device {
 
@@ -64,8 +69,9 @@ template <class Element>
 __global__ void __launch_bounds__(kPagedThreads)
     paged_gather_open_kernel(const __grid_constant__ PagedWriteParams p, int64_t rows) {
   using namespace device;
-  const int lane = threadIdx.x % kWarpSize, heads = static_cast<int>(p.shape.num_heads_kv);
-  const int64_t item = int64_t{blockIdx.x} * kPagedWarps + threadIdx.x / kWarpSize;
+  const int lanes = paged_lanes(p.shape), heads = static_cast<int>(p.shape.num_heads_kv);
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const int64_t item = int64_t{blockIdx.x} * (kPagedThreads / lanes) + threadIdx.x / lanes;
   const int64_t row = item / heads;
   const int head = static_cast<int>(item - row * heads), batch = static_cast<int>(p.packing.batch);
   if (row >= rows) return;
@@ -95,8 +101,9 @@ template <class Element>
 __global__ void __launch_bounds__(kPagedThreads)
     paged_store_kernel(const __grid_constant__ PagedWriteParams p) {
   using namespace device;
-  const int lane = threadIdx.x % kWarpSize, heads = static_cast<int>(p.shape.num_heads_kv);
-  const int64_t item = int64_t{blockIdx.x} * kPagedWarps + threadIdx.x / kWarpSize;
+  const int lanes = paged_lanes(p.shape), heads = static_cast<int>(p.shape.num_heads_kv);
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const int64_t item = int64_t{blockIdx.x} * (kPagedThreads / lanes) + threadIdx.x / lanes;
   const int64_t row = item / heads;
   const int batch = static_cast<int>(p.packing.batch);
   if (row >= p.packing.total_q) return;
@@ -113,8 +120,9 @@ template <class Element>
 __global__ void __launch_bounds__(kPagedThreads)
     paged_scatter_kernel(const __grid_constant__ PagedScatterParams p, int64_t rows) {
   using namespace device;
-  const int lane = threadIdx.x % kWarpSize, heads = static_cast<int>(p.shape.num_heads_kv);
-  const int64_t item = int64_t{blockIdx.x} * kPagedWarps + threadIdx.x / kWarpSize;
+  const int lanes = paged_lanes(p.shape), heads = static_cast<int>(p.shape.num_heads_kv);
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const int64_t item = int64_t{blockIdx.x} * (kPagedThreads / lanes) + threadIdx.x / lanes;
   const int64_t row = item / heads;
   const int head = static_cast<int>(item - row * heads), batch = static_cast<int>(p.packing.batch);
   if (row >= rows) return;
@@ -194,9 +202,10 @@ __global__ void __launch_bounds__(kPagedThreads)
   copy_all(view.v, v, static_cast<int>(shape.head_dim_v) / kVector);
 }
 
-// CTAs of a kernel that gives every (row, head) a warp.
-inline unsigned paged_ctas(int64_t rows, int64_t heads) {
-  return static_cast<unsigned>(ceil_div(rows * heads, int64_t{kPagedWarps}));
+// CTAs of a kernel that gives every (row, head) paged_lanes() threads.
+inline unsigned paged_ctas(int64_t rows, const PagedShape& shape) {
+  const int64_t per_cta = kPagedThreads / paged_lanes(shape);
+  return static_cast<unsigned>(ceil_div(rows * shape.num_heads_kv, per_cta));
 }
 
 template <PagedCopyConfig kConfig>
@@ -209,12 +218,12 @@ void launch_paged_write(const PagedWriteParams& p, Stream stream) {
     const int64_t rows = p.packing.total_q + p.packing.batch * (p.kernel_size - 1);
     if (rows * heads > 0) {
       paged_gather_open_kernel<Element>
-          <<<paged_ctas(rows, heads), kPagedThreads, 0, cuda_stream>>>(p, rows);
+          <<<paged_ctas(rows, p.shape), kPagedThreads, 0, cuda_stream>>>(p, rows);
     }
   }
   if (p.packing.total_q * heads > 0) {
     paged_store_kernel<Element>
-        <<<paged_ctas(p.packing.total_q, heads), kPagedThreads, 0, cuda_stream>>>(p);
+        <<<paged_ctas(p.packing.total_q, p.shape), kPagedThreads, 0, cuda_stream>>>(p);
   }
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
@@ -225,8 +234,8 @@ void launch_paged_scatter(const PagedScatterParams& p, Stream stream) {
   const int64_t rows =
       (p.packing.total_q + p.packing.batch * (p.kernel_size - 1)) / p.kernel_stride;
   if (rows * p.shape.num_heads_kv == 0) return;
-  paged_scatter_kernel<Element><<<paged_ctas(rows, p.shape.num_heads_kv), kPagedThreads, 0,
-                                  static_cast<cudaStream_t>(stream)>>>(p, rows);
+  paged_scatter_kernel<Element>
+      <<<paged_ctas(rows, p.shape), kPagedThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, rows);
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
 
