@@ -59,7 +59,7 @@ Choice choose_dense_attn(const Problem& problem, Arch arch, size_t smem_per_cta)
                                       ? row_of(kDenseAttnFwdTable, choice.row)
                                       : row_of(kDenseAttnBwdTable, choice.row);
   choice.arch = config.arch;
-  choice.workspace_bytes = dense_attn_workspace(problem);
+  choice.workspace_bytes = dense_attn_workspace(problem, config.arch);
   choice.reason = tile_text(config);
   return choice;
 }

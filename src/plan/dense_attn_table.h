@@ -90,13 +90,25 @@ struct DenseAttnBwdScratch {
   int64_t key_rows;    // rows of k that may own a partial result
   int64_t partial_dk;  // fp32 [splits, key_rows, Hkv, D]; absent when there is one split
   int64_t partial_dv;  // fp32 [splits, key_rows, Hkv, Dv]
+  int64_t dq_sums;     // fp32 [Hq, total_q, 128]; this and what follows only if one kernel does all
+  int64_t turns;       // int32: a ticket, then [tiles of kTurnQueries queries, Hq]
+  int64_t num_turns;
   int64_t bytes;
 };
 
+// The wgmma rows compute all gradients of window attention in one kernel, whose CTAs take turns in
+// adding to the dQ of as many queries. For compressed attention two kernels are faster.
+inline constexpr int kTurnQueries = 64;
+
+constexpr bool has_fused_bwd(Op op, Arch arch) {
+  return op == Op::kWindowAttn && arch == Arch::kSm90a;
+}
+
 // delta is fp32 [Hq, total_q]. `key_rows` is 0 where nothing is split.
-constexpr DenseAttnBwdScratch dense_attn_bwd_scratch(int64_t total_q, int64_t num_heads_q,
-                                                     int64_t num_heads_kv, int64_t key_rows,
-                                                     int64_t head_dim, int64_t head_dim_v) {
+constexpr DenseAttnBwdScratch dense_attn_bwd_scratch(bool is_fused, int64_t batch, int64_t total_q,
+                                                     int64_t num_heads_q, int64_t num_heads_kv,
+                                                     int64_t key_rows, int64_t head_dim,
+                                                     int64_t head_dim_v) {
   const int64_t splits =
       num_heads_kv == 0 ? 1 : compressed_attn_bwd_splits(num_heads_q / num_heads_kv);
   const int64_t rows = splits > 1 ? splits * key_rows * num_heads_kv * 4 : 0;
@@ -104,16 +116,23 @@ constexpr DenseAttnBwdScratch dense_attn_bwd_scratch(int64_t total_q, int64_t nu
   s.key_rows = key_rows;
   s.partial_dk = round_up(num_heads_q * total_q * 4, int64_t{256});
   s.partial_dv = s.partial_dk + round_up(rows * head_dim, int64_t{256});
-  s.bytes = s.partial_dv + round_up(rows * head_dim_v, int64_t{256});
+  s.dq_sums = s.partial_dv + round_up(rows * head_dim_v, int64_t{256});
+  s.turns = s.dq_sums;
+  if (is_fused) {
+    s.turns += num_heads_q * total_q * 128 * 4;
+    s.num_turns = 1 + (total_q / kTurnQueries + batch + 1) * num_heads_q;
+  }
+  s.bytes = s.turns + round_up(s.num_turns * 4, int64_t{256});
   return s;
 }
 
-// Scratch bytes of a call of either operator.
-constexpr size_t dense_attn_workspace(const Problem& p) {
+// Scratch bytes of a call of either operator by a row of `arch`.
+constexpr size_t dense_attn_workspace(const Problem& p, Arch arch) {
   if (p.pass == Pass::kFwd) return 0;
   const int64_t key_rows = p.op == Op::kCompressedAttn ? p.total_k / p.kernel_stride : 0;
-  return static_cast<size_t>(dense_attn_bwd_scratch(p.total_q, p.num_heads_q, p.num_heads_kv,
-                                                    key_rows, p.head_dim, p.head_dim_v)
+  return static_cast<size_t>(dense_attn_bwd_scratch(has_fused_bwd(p.op, arch), p.batch, p.total_q,
+                                                    p.num_heads_q, p.num_heads_kv, key_rows,
+                                                    p.head_dim, p.head_dim_v)
                                  .bytes);
 }
 

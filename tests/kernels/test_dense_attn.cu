@@ -21,6 +21,14 @@ void check(bool ok, const char* what, const Shape& s, double value) {
               s.stride, s.window, s.len_q.size(), s.gap, s.logit);
 }
 
+int fwd_row(const Shape& s) {
+  return find_dense_attn_row(Pass::kFwd, arch, smem_kib * 1024, s.dtype, s.dim, s.dim_v);
+}
+
+int bwd_row(const Shape& s) {
+  return find_dense_attn_row(Pass::kBwd, arch, smem_kib * 1024, s.dtype, s.dim, s.dim_v);
+}
+
 double rms_limit(DType dtype) { return dtype == DType::kBFloat16 ? 6e-3 : 8e-4; }
 
 struct Device {
@@ -64,7 +72,7 @@ void fill_common(auto& attn, const Shape& s, const Batch& b, Device& d, double s
 void run_fwd(const Shape& s, const Batch& b, Device& d, double scale) {
   AttnFwdTensors attn{};
   fill_common(attn, s, b, d, scale);
-  const int row = find_dense_attn_row(Pass::kFwd, arch, smem_kib * 1024, s.dtype, s.dim, s.dim_v);
+  const int row = fwd_row(s);
   if (s.window >= 0) {
     launch_window_attn_fwd(row, {attn, {s.window}, 0, {}}, nullptr);
   } else {
@@ -87,7 +95,7 @@ void run_bwd(const Shape& s, const Batch& b, Device& d, double scale, bool accum
   attn.dk = d.dk.rows();
   attn.dv = d.dv.rows();
   attn.accumulate_dq = attn.accumulate_dkv = accumulate;
-  const int row = find_dense_attn_row(Pass::kBwd, arch, smem_kib * 1024, s.dtype, s.dim, s.dim_v);
+  const int row = bwd_row(s);
   if (s.window >= 0) {
     launch_window_attn_bwd(row, {attn, {s.window}, 0, scratch}, nullptr);
   } else {
@@ -105,6 +113,7 @@ size_t scratch_bytes(const Shape& s, const Batch& b) {
   Problem p;
   p.op = s.window >= 0 ? Op::kWindowAttn : Op::kCompressedAttn;
   p.pass = Pass::kBwd;
+  p.batch = int64_t(s.len_q.size());
   p.total_q = b.total_q;
   p.total_k = b.total_k;
   p.num_heads_q = s.heads_q;
@@ -112,7 +121,7 @@ size_t scratch_bytes(const Shape& s, const Batch& b) {
   p.head_dim = s.dim;
   p.head_dim_v = s.dim_v;
   p.kernel_stride = s.stride;
-  return dense_attn_workspace(p);
+  return dense_attn_workspace(p, kDenseAttnBwdTable[size_t(bwd_row(s))].arch);
 }
 
 void sync() { FSATTN_CUDA_CHECK(cudaDeviceSynchronize()); }

@@ -42,18 +42,22 @@ void launch_fwd(int row, const Params& params, Stream stream) {
 
 // `split_rows`: rows of k that may get partial results, 0 when the work is not split.
 template <class Params>
-void launch_bwd(int row, const Params& params, int64_t split_rows, Stream stream) {
+void launch_bwd(Op op, int row, const Params& params, int64_t split_rows, Stream stream) {
   const AttnBwdTensors& attn = params.attn;
   const AttnShape& shape = attn.shape;
-  const DenseAttnBwdScratch scratch =
-      dense_attn_bwd_scratch(attn.packing.total_q, shape.num_heads_q, shape.num_heads_kv,
-                             split_rows, shape.head_dim, shape.head_dim_v);
+  const Arch arch = kDenseAttnBwdTable.at(static_cast<size_t>(row)).arch;
+  const DenseAttnBwdScratch scratch = dense_attn_bwd_scratch(
+      has_fused_bwd(op, arch), attn.packing.batch, attn.packing.total_q, shape.num_heads_q,
+      shape.num_heads_kv, split_rows, shape.head_dim, shape.head_dim_v);
   FSATTN_ASSERT(params.scratch.bytes >= static_cast<size_t>(scratch.bytes));
   auto* base = static_cast<std::byte*>(params.scratch.data);
   DenseBwdBuffers buffers{};
   buffers.delta = reinterpret_cast<float*>(base);
   buffers.partial_dk = reinterpret_cast<float*>(base + scratch.partial_dk);
   buffers.partial_dv = reinterpret_cast<float*>(base + scratch.partial_dv);
+  buffers.dq_sums = reinterpret_cast<float*>(base + scratch.dq_sums);
+  buffers.turns = reinterpret_cast<int*>(base + scratch.turns);
+  buffers.num_turns = scratch.num_turns;
   buffers.splits =
       split_rows == 0 ? 1 : static_cast<int>(compressed_attn_bwd_splits(shape.group_size()));
   buffers.partial_rows = static_cast<int>(split_rows);
@@ -72,11 +76,12 @@ void launch_window_attn_fwd(int row, const WindowAttnFwdParams& params, Stream s
 }
 
 void launch_compressed_attn_bwd(int row, const CompressedAttnBwdParams& params, Stream stream) {
-  launch_bwd(row, params, params.attn.packing.total_k / params.mask.kernel_stride, stream);
+  launch_bwd(Op::kCompressedAttn, row, params,
+             params.attn.packing.total_k / params.mask.kernel_stride, stream);
 }
 
 void launch_window_attn_bwd(int row, const WindowAttnBwdParams& params, Stream stream) {
-  launch_bwd(row, params, 0, stream);
+  launch_bwd(Op::kWindowAttn, row, params, 0, stream);
 }
 
 }  // namespace fsattn

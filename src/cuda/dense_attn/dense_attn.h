@@ -21,6 +21,9 @@ struct DenseBwdBuffers {
   float* partial_dv;
   int splits;
   int partial_rows;
+  float* dq_sums;     // [Hq, total_q, 128]; used when one kernel computes all gradients
+  int* turns;         // how many CTAs have started, then how many have added to each tile of dQ
+  int64_t num_turns;  // 0: several kernels compute the gradients
 };
 
 template <DenseAttnConfig kConfig>

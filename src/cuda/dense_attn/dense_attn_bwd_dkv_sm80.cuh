@@ -59,6 +59,7 @@ struct KeyTileWork {
   int num_queries;             // of the sequence
   int first_key;               // index in the sequence
   int offset;                  // position of the sequence's first query
+  int query_slot;              // of the sequence's first tile of 64 queries
   int split;
   int kv_head;
   int first_head, last_head;
@@ -69,18 +70,18 @@ struct KeyTileWork {
 
 template <int kTileKv>
 __device__ KeyTileWork find_key_tile(const AttnBwdTensors& p, const device::KeySet& keys,
-                                     int splits) {
+                                     int splits, int block) {
   const int num_kv_heads = static_cast<int>(p.shape.num_heads_kv);
   const int group = static_cast<int>(p.shape.num_heads_q) / num_kv_heads;
   const int batch = static_cast<int>(p.packing.batch);
-  const int slot = blockIdx.x / (num_kv_heads * splits);
+  const int slot = block / (num_kv_heads * splits);
   const device::TileSlot tile = device::find_tile(keys.cu_keys, batch, slot, kTileKv);
   const device::RowRange kv = device::rows_of(keys.cu_keys, batch, tile.seq, keys.total_keys);
   const device::RowRange queries =
       device::rows_of(p.packing.cu_q, batch, tile.seq, static_cast<int>(p.packing.total_q));
   KeyTileWork work;
-  work.kv_head = blockIdx.x % num_kv_heads;
-  work.split = blockIdx.x / num_kv_heads % splits;
+  work.kv_head = block % num_kv_heads;
+  work.split = block / num_kv_heads % splits;
   const int heads = (group + splits - 1) / splits;
   work.first_head = work.kv_head * group + work.split * heads;
   work.last_head = work.kv_head * group + min((work.split + 1) * heads, group) - 1;
@@ -91,6 +92,7 @@ __device__ KeyTileWork find_key_tile(const AttnBwdTensors& p, const device::KeyS
   work.num_keys = kv.count - tile.first;
   work.token = queries.begin;
   work.num_queries = tile.seq == batch ? 0 : queries.count;
+  work.query_slot = queries.begin / kTurnQueries + tile.seq;
   work.offset = device::query_offset(p.packing, tile.seq, queries.count);
   const int64_t last_key = tile.first + min(kTileKv, work.num_keys) - 1;
   const auto query = [&](int64_t position) {
@@ -423,7 +425,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ __align__(128) unsigned char smem[];
   __shared__ KeyTileWork work;
   const int thread = threadIdx.x;
-  if (thread == 0) work = find_key_tile<Traits::kTileKv>(p, keys, buffers.splits);
+  if (thread == 0) work = find_key_tile<Traits::kTileKv>(p, keys, buffers.splits, blockIdx.x);
   __syncthreads();
   if (work.num_keys <= 0) return;
   if (work.first_query <= work.last_query) {

@@ -165,9 +165,8 @@ __device__ __forceinline__ void consume_queries(const DenseDkvSm90Smem<Traits>& 
 }
 
 // Writes the 16 rows of one warp, staged over the tile of its warpgroup.
-template <class Traits>
-__device__ __forceinline__ void store_key_gradient(const DenseDkvSm90Smem<Traits>& smem,
-                                                   const AttnBwdTensors& p,
+template <class Traits, class Smem>
+__device__ __forceinline__ void store_key_gradient(const Smem& smem, const AttnBwdTensors& p,
                                                    const DenseBwdBuffers& buffers,
                                                    const KeyTileWork& work, int operand,
                                                    float (&acc)[64]) {
@@ -232,7 +231,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __shared__ KeyTileWork work;
   const DenseDkvSm90Smem<Traits> smem{memory, smem_address(memory)};
   if (threadIdx.x == 0) {
-    work = find_key_tile<Traits::kTileKv>(p, keys, buffers.splits);
+    work = find_key_tile<Traits::kTileKv>(p, keys, buffers.splits, blockIdx.x);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       mbarrier_init(smem.full(stage), 4);  // the producer warps
       mbarrier_init(smem.empty(stage), Traits::kConsumerThreads / kWarpSize);

@@ -1,12 +1,14 @@
-// The backward of compressed attention and window attention: delta, then dQ, then dK and dV, and
-// the sum of their parts when the heads of a group were split.
+// The backward of compressed attention and window attention: delta, then dQ, then dK and dV, or all
+// three by one kernel, and the sum of the parts of dK and dV when the heads of a group were split.
 #pragma once
 #include "cuda/dense_attn/dense_attn_bwd_dkv_sm80.cuh"
 #include "cuda/dense_attn/dense_attn_bwd_dkv_sm90.cuh"
 #include "cuda/dense_attn/dense_attn_bwd_dq_sm80.cuh"
 #include "cuda/dense_attn/dense_attn_bwd_dq_sm90.cuh"
+#include "cuda/dense_attn/dense_attn_bwd_sm90.cuh"
 #include "cuda/dense_attn/dense_attn_delta.cuh"
 #include "cuda/dense_attn/dense_attn_reduce.cuh"
+#include "cuda/dense_attn/dense_attn_round_dq.cuh"
 
 namespace fsattn {
 
@@ -56,24 +58,57 @@ void launch_dense_attn_dq(const AttnBwdTensors& tensors, const device::KeySet& k
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
 
-template <DenseAttnConfig kConfig>
-void launch_dense_attn_dkv(const AttnBwdTensors& tensors, device::KeySet keys,
-                           const DenseBwdBuffers& buffers, cudaStream_t stream) {
-  using Traits = decltype(dense_attn_dkv_traits<kConfig>());
-  if (buffers.splits > 1) keys.total_keys = std::min(keys.total_keys, buffers.partial_rows);
+template <class Traits>
+void launch_key_tiles(void (*kernel)(AttnBwdTensors, device::KeySet, DenseBwdBuffers),
+                      const AttnBwdTensors& tensors, const device::KeySet& keys,
+                      const DenseBwdBuffers& buffers, cudaStream_t stream) {
   const int64_t ctas =
       device::num_tile_slots(keys.total_keys, tensors.packing.batch, Traits::kTileKv) *
       buffers.splits * tensors.shape.num_heads_kv;
-  void (*kernel)(AttnBwdTensors, device::KeySet, DenseBwdBuffers);
-  if constexpr (kConfig.arch == Arch::kSm90a) {
-    kernel = dense_attn_bwd_dkv_sm90_kernel<Traits>;
-  } else {
-    kernel = dense_attn_bwd_dkv_kernel<Traits>;
-  }
   allow_shared_memory(kernel, Traits::kSmemBytes);
   kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes, stream>>>(
       tensors, keys, buffers);
   FSATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+template <DenseAttnConfig kConfig>
+void launch_dense_attn_dkv(const AttnBwdTensors& tensors, const device::KeySet& keys,
+                           const DenseBwdBuffers& buffers, cudaStream_t stream) {
+  using Traits = decltype(dense_attn_dkv_traits<kConfig>());
+  if constexpr (kConfig.arch == Arch::kSm90a) {
+    launch_key_tiles<Traits>(dense_attn_bwd_dkv_sm90_kernel<Traits>, tensors, keys, buffers,
+                             stream);
+  } else {
+    launch_key_tiles<Traits>(dense_attn_bwd_dkv_kernel<Traits>, tensors, keys, buffers, stream);
+  }
+}
+
+// All gradients by one kernel, whose CTAs take turns in adding to dQ.
+template <DenseAttnConfig kConfig>
+void launch_dense_attn_fused(const AttnBwdTensors& tensors, const device::KeySet& keys,
+                             const DenseBwdBuffers& buffers, cudaStream_t stream) {
+  using Traits = DenseBwdSm90Traits<kConfig>;
+  const Packing& packing = tensors.packing;
+  if (keys.total_keys > 0) {
+    FSATTN_CUDA_CHECK(cudaMemsetAsync(
+        buffers.turns, 0, static_cast<size_t>(buffers.num_turns) * sizeof(int), stream));
+    launch_key_tiles<Traits>(dense_attn_bwd_sm90_kernel<Traits>, tensors, keys, buffers, stream);
+  }
+  if (packing.total_q == 0) return;
+  const int64_t ctas = device::num_tile_slots(packing.total_q, packing.batch, kTurnQueries) *
+                       tensors.shape.num_heads_q;
+  dense_attn_round_dq_kernel<typename Traits::Element>
+      <<<static_cast<unsigned>(ctas), kRoundThreads, 0, stream>>>(tensors, keys, buffers.dq_sums);
+  FSATTN_CUDA_CHECK(cudaGetLastError());
+}
+
+template <DenseAttnConfig kConfig>
+void launch_dense_attn_separate(const AttnBwdTensors& tensors, const device::KeySet& keys,
+                                const DenseBwdBuffers& buffers, cudaStream_t stream) {
+  if (tensors.packing.total_q > 0) {
+    launch_dense_attn_dq<kConfig>(tensors, keys, buffers.delta, stream);
+  }
+  if (keys.total_keys > 0) launch_dense_attn_dkv<kConfig>(tensors, keys, buffers, stream);
 }
 
 template <class Element>
@@ -86,21 +121,29 @@ void launch_dense_attn_reduce(const DenseReduceParams& params, cudaStream_t stre
 }
 
 template <DenseAttnConfig kConfig>
-void launch_dense_attn_bwd(const AttnBwdTensors& tensors, const device::KeySet& keys,
+void launch_dense_attn_bwd(const AttnBwdTensors& tensors, const device::KeySet& key_set,
                            const DenseBwdBuffers& buffers, Stream stream_handle) {
   using Element = device::ElementOf<kConfig.dtype>;
   const auto stream = static_cast<cudaStream_t>(stream_handle);
+  device::KeySet keys = key_set;
+  if (buffers.splits > 1) keys.total_keys = std::min(keys.total_keys, buffers.partial_rows);
   if (tensors.packing.total_q > 0) {
     launch_dense_attn_delta<Element>(tensors, buffers.delta, stream);
-    launch_dense_attn_dq<kConfig>(tensors, keys, buffers.delta, stream);
   }
-  if (keys.total_keys == 0) return;
-  launch_dense_attn_dkv<kConfig>(tensors, keys, buffers, stream);
-  if (buffers.splits == 1) return;
+  if constexpr (kConfig.arch == Arch::kSm90a) {
+    if (buffers.num_turns > 0) {
+      launch_dense_attn_fused<kConfig>(tensors, keys, buffers, stream);
+    } else {
+      launch_dense_attn_separate<kConfig>(tensors, keys, buffers, stream);
+    }
+  } else {
+    launch_dense_attn_separate<kConfig>(tensors, keys, buffers, stream);
+  }
+  if (key_set.total_keys == 0 || buffers.splits == 1) return;
   DenseReduceParams reduce{};
   reduce.splits = buffers.splits;
   reduce.partial_rows = buffers.partial_rows;
-  reduce.rows = keys.total_keys;
+  reduce.rows = key_set.total_keys;
   reduce.heads = static_cast<int>(tensors.shape.num_heads_kv);
   reduce.accumulate = tensors.accumulate_dkv;
   reduce.partial = buffers.partial_dk;

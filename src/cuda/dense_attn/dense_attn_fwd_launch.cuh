@@ -1,5 +1,7 @@
 // The launch of a forward row: mma.sync on sm_80 and newer, wgmma on sm_90a.
 #pragma once
+#include <algorithm>
+
 #include "cuda/dense_attn/dense_attn_fwd_sm80.cuh"
 #include "cuda/dense_attn/dense_attn_fwd_sm90.cuh"
 
@@ -20,17 +22,24 @@ void launch_dense_attn_fwd(const AttnFwdTensors& tensors, const device::KeySet& 
   using Traits = decltype(dense_attn_fwd_traits<kConfig>());
   const Packing& packing = tensors.packing;
   if (packing.total_q == 0) return;
-  const int64_t ctas = device::num_tile_slots(packing.total_q, packing.batch, Traits::kTileQ) *
-                       tensors.shape.num_heads_q;
-  void (*kernel)(AttnFwdTensors, device::KeySet);
+  const int64_t tiles = device::num_tile_slots(packing.total_q, packing.batch, Traits::kTileQ) *
+                        tensors.shape.num_heads_q;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if constexpr (kConfig.arch == Arch::kSm90a) {
-    kernel = dense_attn_fwd_sm90_kernel<Traits>;
+    int device = 0, num_sms = 0;
+    FSATTN_CUDA_CHECK(cudaGetDevice(&device));
+    FSATTN_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+    auto* kernel = dense_attn_fwd_sm90_kernel<Traits>;
+    allow_shared_memory(kernel, Traits::kSmemBytes);
+    const auto ctas = static_cast<unsigned>(std::min<int64_t>(tiles, num_sms));
+    kernel<<<ctas, Traits::kThreads, Traits::kSmemBytes, cuda_stream>>>(tensors, keys,
+                                                                        static_cast<int>(tiles));
   } else {
-    kernel = dense_attn_fwd_kernel<Traits>;
+    auto* kernel = dense_attn_fwd_kernel<Traits>;
+    allow_shared_memory(kernel, Traits::kSmemBytes);
+    kernel<<<static_cast<unsigned>(tiles), Traits::kThreads, Traits::kSmemBytes, cuda_stream>>>(
+        tensors, keys);
   }
-  allow_shared_memory(kernel, Traits::kSmemBytes);
-  kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes,
-           static_cast<cudaStream_t>(stream)>>>(tensors, keys);
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -4,13 +4,14 @@
 //          lse = log sum exp S. No visible key: O = 0, lse = -inf.
 // Shapes   params/attention.h, head_dim and head_dim_v up to 128; the visible interval:
 //          device/band.h.
-// Tiles    one CTA per (192 queries of a sequence, head), 64 keys a step.
+// Tiles    one CTA an SM takes every n-th tile (192 queries of a sequence, head); 64 keys a step.
 // Roles    three consumer warpgroups of 64 queries: S with both operands in shared memory, O with P
 //          in registers; while one does its softmax, the other two keep the tensor cores busy. Two
 //          producer warps copy K and two copy V, by cp.async, since rows behind a sequence must
-//          read as zero and a tensor map knows no sequences.
-// Memory   Q 48 KB, four stages of K and of V 128 KB, one CTA an SM.
-// Regs     O 64, S 32, P 16: 160 a consumer thread, 32 a producer thread.
+//          read as zero and a tensor map knows no sequences. They run ahead into the next tile; its
+//          queries are copied by the consumers while they work on this one.
+// Memory   two buffers of Q 96 KB, four stages of K and of V 128 KB.
+// Regs     O 64, S 32, P 16: 152 a consumer thread, 56 a producer thread.
 // Bound    tensor cores: 256 FLOP a (query, key) at head_dim 128.
 // Numbers  scores, sums and output fp32; P rounded to the input type before P V.
 #pragma once
@@ -28,17 +29,26 @@ struct DenseFwdSm90Traits {
   static constexpr int kGroups = 3, kTileQ = kGroups * kPanelRows, kTileKv = kPanelRows;
   static constexpr int kStages = 4;
   static constexpr int kConsumerThreads = kGroups * 128, kThreads = kConsumerThreads + 128;
-  static constexpr int kConsumerRegisters = 160, kProducerRegisters = 32;
-  static constexpr int kKeysOffset = kGroups * kPanelTileBytes;
+  static constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;
+  static constexpr int kWorkBuffers = 4;
+  static constexpr int kKeysOffset = 2 * kGroups * kPanelTileBytes;
   static constexpr int kBarrierOffset = kKeysOffset + 2 * kStages * kPanelTileBytes;
-  static constexpr int kSmemBytes = kBarrierOffset + 4 * kStages * 8;
+  static constexpr int kSmemBytes = kBarrierOffset + (4 * kStages + 2 * kWorkBuffers) * 8;
+};
+
+// A tile among those of a CTA.
+struct FwdTileWork : QueryTileWork {
+  int first_step;        // steps are counted on over the tiles
+  int group_full[3][2];  // the first and the last key that all queries of a group see
 };
 
 // Byte addresses in the shared memory of a CTA. Operand 0 is K, 1 is V.
 template <class Traits>
 struct DenseFwdSm90Smem {
   uint32_t base;
-  __device__ uint32_t queries(int group) const { return base + group * kPanelTileBytes; }
+  __device__ uint32_t queries(int tile, int group) const {
+    return base + (tile % 2 * Traits::kGroups + group) * kPanelTileBytes;
+  }
   __device__ uint32_t keys(int operand, int stage) const {
     return base + Traits::kKeysOffset + (operand * Traits::kStages + stage) * kPanelTileBytes;
   }
@@ -48,34 +58,104 @@ struct DenseFwdSm90Smem {
   __device__ uint32_t empty(int operand, int stage) const {
     return full(operand, stage) + 2 * Traits::kStages * 8;
   }
+  __device__ uint32_t work_full(int tile) const {
+    return base + Traits::kBarrierOffset + (4 * Traits::kStages + tile % Traits::kWorkBuffers) * 8;
+  }
+  __device__ uint32_t work_empty(int tile) const {
+    return work_full(tile) + Traits::kWorkBuffers * 8;
+  }
 };
 
+// The tiles of a CTA are counted from 0. Their steps are counted on over all tiles, so that the
+// stages of K and V are used in turn.
+template <class Traits>
+__device__ __forceinline__ int num_steps_of(const FwdTileWork& work) {
+  if (work.num_queries <= 0 || work.first_key > work.last_key) return 0;
+  return work.last_key / Traits::kTileKv - work.first_key / Traits::kTileKv + 1;
+}
+
+template <class Traits>
+__device__ __forceinline__ const FwdTileWork& wait_for_work(const DenseFwdSm90Smem<Traits>& smem,
+                                                            const FwdTileWork* works, int tile) {
+  device::mbarrier_wait(smem.work_full(tile), tile / Traits::kWorkBuffers & 1);
+  return works[tile % Traits::kWorkBuffers];
+}
+
+template <class Traits>
+__device__ __forceinline__ void release_work(const DenseFwdSm90Smem<Traits>& smem, int tile) {
+  __syncwarp();
+  if (threadIdx.x % device::kWarpSize == 0) device::mbarrier_arrive(smem.work_empty(tile));
+}
+
 // Two warps bring all tiles of one operand. A tile is announced when the next one is under way.
-template <class Traits, class Element>
-__device__ __forceinline__ void produce(const DenseFwdSm90Smem<Traits>& smem, int operand,
-                                        const device::MatrixView<Element>& matrix, int last_step,
-                                        int num_steps) {
+template <class Traits>
+__device__ __forceinline__ void produce(const DenseFwdSm90Smem<Traits>& smem,
+                                        const AttnFwdTensors& p, const FwdTileWork& work,
+                                        int operand) {
   using namespace device;
+  using Element = typename Traits::Element;
   const int thread = threadIdx.x % 64, lane = threadIdx.x % kWarpSize;
+  const int first_step = work.first_step, num_steps = num_steps_of<Traits>(work);
+  const Rows& rows = operand == 0 ? p.k : p.v;
+  const MatrixView<Element> matrix{
+      static_cast<const Element*>(rows.data) + (operand == 0 ? work.k_offset : work.v_offset),
+      rows.token_stride, work.num_keys,
+      static_cast<int>(operand == 0 ? p.shape.head_dim : p.shape.head_dim_v)};
   const auto part = thread_part(matrix, thread);
   const auto announce = [&](int n) {
     fence_async_proxy();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(smem.full(operand, n % Traits::kStages));
   };
-  for (int n = 0; n < num_steps; ++n) {
+  int key = work.last_key / Traits::kTileKv * Traits::kTileKv;
+  for (int n = first_step; n < first_step + num_steps; ++n, key -= Traits::kTileKv) {
     const int stage = n % Traits::kStages;
     // The consumers have left the tile that was here before; passes at once in the first round.
     mbarrier_wait(smem.empty(operand, stage), (n / Traits::kStages & 1) ^ 1);
-    load_panels<64>(smem.keys(operand, stage), part, (last_step - n) * Traits::kTileKv, thread);
+    load_panels<64>(smem.keys(operand, stage), part, key, thread);
     cp_async_commit();
-    if (n > 0) {
+    if (n > first_step) {
       cp_async_wait<1>();
       announce(n - 1);
     }
   }
   cp_async_wait<0>();
-  announce(num_steps - 1);
+  if (num_steps > 0) announce(first_step + num_steps - 1);
+}
+
+// One producer warp over all tiles of the CTA. The last one also finds the work, a tile ahead.
+template <class Traits>
+__device__ __forceinline__ void run_producer(const DenseFwdSm90Smem<Traits>& smem,
+                                             const AttnFwdTensors& p, const device::KeySet& keys,
+                                             FwdTileWork* works, int num_tiles) {
+  using namespace device;
+  const int operand = threadIdx.x / 64 % 2;
+  const bool finds_work = threadIdx.x / kWarpSize == Traits::kThreads / kWarpSize - 1;
+  int next_step = 0;
+  const auto find_work = [&](int tile, int index) {
+    if (index >= num_tiles || threadIdx.x % kWarpSize != 0) return;
+    mbarrier_wait(smem.work_empty(tile), (tile / Traits::kWorkBuffers & 1) ^ 1);
+    FwdTileWork& work = works[tile % Traits::kWorkBuffers];
+    static_cast<QueryTileWork&>(work) = find_query_tile<Traits::kTileQ>(p, keys, index, num_tiles);
+#pragma unroll 1
+    for (int group = 0; group < Traits::kGroups; ++group) {
+      const int position = work.position + group * kPanelRows;
+      work.group_full[group][0] = keys.band.first_key(position + kPanelRows - 1);
+      work.group_full[group][1] = min(keys.band.last_key(position), work.num_keys - 1);
+    }
+    work.first_step = next_step;
+    next_step += num_steps_of<Traits>(work);
+    mbarrier_arrive(smem.work_full(tile));
+  };
+  if (finds_work) find_work(0, blockIdx.x);
+  int tile = 0;
+  for (int index = blockIdx.x; index < num_tiles; index += gridDim.x, ++tile) {
+    if (finds_work) find_work(tile + 1, index + gridDim.x);
+    __syncwarp();
+    const FwdTileWork& work = wait_for_work(smem, works, tile);
+    produce(smem, p, work, operand);
+    release_work(smem, tile);
+  }
 }
 
 // Passes over steps in which no query of the group sees a key. The waits keep a warp from arriving
@@ -94,12 +174,14 @@ __device__ __forceinline__ void skip_steps(const DenseFwdSm90Smem<Traits>& smem,
 
 // Issues S = Q K^T of step n.
 template <class Traits>
-__device__ __forceinline__ void issue_scores(const DenseFwdSm90Smem<Traits>& smem, int n,
-                                             float (&s)[32]) {
+__device__ __forceinline__ void issue_scores(const DenseFwdSm90Smem<Traits>& smem, uint32_t queries,
+                                             int n, float (&s)[32]) {
   const int stage = n % Traits::kStages;
   device::mbarrier_wait(smem.full(0, stage), n / Traits::kStages & 1);
+  // Keeps the eight descriptors of the queries from being kept in registers over the loop.
+  asm volatile("" : "+r"(queries));
   device::wgmma_fence();
-  panel_product<typename Traits::Element>(s, smem.queries(threadIdx.x / 128), smem.keys(0, stage));
+  panel_product<typename Traits::Element>(s, queries, smem.keys(0, stage));
   device::wgmma_commit();
 }
 
@@ -121,33 +203,36 @@ __device__ __forceinline__ void release(const DenseFwdSm90Smem<Traits>& smem, in
   }
 }
 
-// One warpgroup: 64 queries over all steps. P V of a step runs during the softmax of the next one.
+// One warpgroup: 64 queries over all steps of a tile. P V of a step runs during the softmax of the
+// next one.
 template <class Traits>
 __device__ __forceinline__ void consume(const DenseFwdSm90Smem<Traits>& smem,
-                                        const device::Band& band, const QueryTileWork& work,
-                                        int num_steps,
+                                        const device::Band& band, const FwdTileWork& work,
+                                        uint32_t queries,
                                         device::OnlineSoftmax<typename Traits::Element, 1>& softmax,
                                         float (&o)[64]) {
   using namespace device;
   constexpr int kTileKv = Traits::kTileKv;
   // The steps in which some query of this group sees a key.
+  const int stop = work.first_step + num_steps_of<Traits>(work);
   const int position = work.position + threadIdx.x / 128 * kPanelRows;
-  const int last_step = work.last_key / kTileKv;
+  const auto key_tile = [&](int n) { return work.first_step + work.last_key / kTileKv - n; };
   const int last_seen = min(band.last_key(position + kPanelRows - 1), work.last_key);
-  const int begin = last_seen < 0 ? num_steps : last_step - last_seen / kTileKv;
-  const int end = min(last_step - band.first_key(position) / kTileKv, num_steps - 1);
-  skip_steps(smem, 0, min(begin, num_steps) - 1);
+  const int begin = last_seen < 0 ? stop : min(key_tile(last_seen / kTileKv), stop);
+  const int end = min(key_tile(band.first_key(position) / kTileKv), stop - 1);
+  skip_steps(smem, work.first_step, begin - 1);
   if (begin <= end) {
     float s[32];
     uint32_t prob[1][8][2];
     const auto mask = [&](int n) {
-      const int base = (last_step - n) * kTileKv;
-      if (base < work.full_first || base + kTileKv - 1 > work.full_last) {
+      const int base = key_tile(n) * kTileKv;
+      const int* full = work.group_full[reread_thread_index() / 128];
+      if (base < full[0] || base + kTileKv - 1 > full[1]) {
         mask_scores(as_fragments(s), band, work, base);
       }
     };
     auto& scores = as_fragments(s)[0];
-    issue_scores(smem, begin, s);
+    issue_scores(smem, queries, begin, s);
     wgmma_wait_group<0>();
     pin_registers(s);
     release(smem, 0, begin);
@@ -157,7 +242,7 @@ __device__ __forceinline__ void consume(const DenseFwdSm90Smem<Traits>& smem,
     softmax.exponentiate(0, scores, work.scale_log2);
     softmax.pack(prob[0], scores);
     for (int n = begin; n < end; ++n) {
-      issue_scores(smem, n + 1, s);
+      issue_scores(smem, queries, n + 1, s);
       issue_output(smem, n, prob, o);
       wgmma_wait_group<1>();
       pin_registers(s);
@@ -176,34 +261,35 @@ __device__ __forceinline__ void consume(const DenseFwdSm90Smem<Traits>& smem,
     pin_registers(o);
     release(smem, 1, end);
   }
-  skip_steps(smem, max(begin, end + 1), num_steps - 1);
+  skip_steps(smem, max(begin, end + 1), stop - 1);
 }
 
+// Starts the copy of a group's queries.
 template <class Traits>
-__device__ __forceinline__ void run_query_group(const DenseFwdSm90Smem<Traits>& smem,
-                                                const AttnFwdTensors& p, const device::Band& band,
-                                                const QueryTileWork& work, int num_steps) {
+__device__ __forceinline__ void load_group_queries(const DenseFwdSm90Smem<Traits>& smem,
+                                                   const AttnFwdTensors& p, const FwdTileWork& work,
+                                                   int tile) {
   using namespace device;
   using Element = typename Traits::Element;
-  const int thread = threadIdx.x, lane = thread % kWarpSize, row = thread / kWarpSize * 16;
-  const int group = thread / 128;
-  float o[64] = {};
-  OnlineSoftmax<Element, 1> softmax;
-  softmax.init();
-  if (num_steps > 0) {
+  const int thread = threadIdx.x % 128, group = threadIdx.x / 128;
+  if (work.num_queries > 0) {
     const MatrixView<Element> q{static_cast<const Element*>(p.q.data) +
                                     work.token * p.q.token_stride + work.head * p.q.head_stride,
                                 p.q.token_stride, work.num_queries,
                                 static_cast<int>(p.shape.head_dim)};
-    load_panels<128>(smem.queries(group), thread_part(q, thread % 128), group * kPanelRows,
-                     thread % 128);
-    cp_async_commit();
-    cp_async_wait<0>();
-    fence_async_proxy();
-    sync_warpgroup(group);  // all four warps have loaded their part of Q
-    consume<Traits>(smem, band, work, num_steps, softmax, o);
-    sync_warpgroup(group);  // nobody's wgmma reads Q any more: it becomes the output stage
+    load_panels<128>(smem.queries(tile, group), thread_part(q, thread), group * kPanelRows, thread);
   }
+  cp_async_commit();
+}
+
+// Writes lse and the output of one warp, staged over its queries.
+template <class Traits>
+__device__ __forceinline__ void store_output(
+    const DenseFwdSm90Smem<Traits>& smem, const AttnFwdTensors& p, const FwdTileWork& work,
+    int tile, device::OnlineSoftmax<typename Traits::Element, 1>& softmax, float (&o)[64]) {
+  using namespace device;
+  using Element = typename Traits::Element;
+  const int lane = threadIdx.x % kWarpSize, row = threadIdx.x / kWarpSize * 16;
   float lse[2];
   softmax.finish(as_fragments(o), lse);
   const int rows_left = work.num_queries - row;
@@ -218,46 +304,65 @@ __device__ __forceinline__ void run_query_group(const DenseFwdSm90Smem<Traits>& 
       OutputRows<Element>{static_cast<Element*>(p.o.data) + (work.token + row) * p.o.token_stride +
                               work.head * p.o.head_stride,
                           p.o.token_stride, rows_left, static_cast<int>(p.shape.head_dim_v), false},
-      smem.queries(group) + tile_bytes<kPanelDim>(row % kPanelRows), as_fragments(o), lane);
+      smem.queries(tile, row / kPanelRows) + tile_bytes<kPanelDim>(row % kPanelRows),
+      as_fragments(o), lane);
+}
+
+// One consumer warpgroup over all tiles of the CTA.
+template <class Traits>
+__device__ __forceinline__ void run_consumer(const DenseFwdSm90Smem<Traits>& smem,
+                                             const AttnFwdTensors& p, const device::Band& band,
+                                             const FwdTileWork* works, int num_tiles) {
+  using namespace device;
+  const int group = threadIdx.x / 128;
+  const auto index_of = [](int tile) { return static_cast<int>(blockIdx.x + tile * gridDim.x); };
+  load_group_queries(smem, p, wait_for_work(smem, works, 0), 0);
+  for (int tile = 0; index_of(tile) < num_tiles; ++tile) {
+    const FwdTileWork& work = works[tile % Traits::kWorkBuffers];
+    cp_async_wait<0>();
+    fence_async_proxy();
+    sync_warpgroup(group);  // all warps have loaded their queries and left the tile before
+    if (index_of(tile + 1) < num_tiles) {
+      load_group_queries(smem, p, wait_for_work(smem, works, tile + 1), tile + 1);
+    }
+    float o[64] = {};
+    OnlineSoftmax<typename Traits::Element, 1> softmax;
+    softmax.init();
+    consume(smem, band, work, smem.queries(tile, group), softmax, o);
+    sync_warpgroup(group);  // nobody's wgmma reads these queries any more
+    store_output(smem, p, work, tile, softmax, o);
+    release_work(smem, tile);
+  }
 }
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     dense_attn_fwd_sm90_kernel(const __grid_constant__ AttnFwdTensors p,
-                               const __grid_constant__ device::KeySet keys) {
+                               const __grid_constant__ device::KeySet keys, int num_tiles) {
   using namespace device;
-  using Element = typename Traits::Element;
   extern __shared__ __align__(1024) unsigned char memory[];
-  __shared__ QueryTileWork work;
+  __shared__ FwdTileWork works[Traits::kWorkBuffers];
   const DenseFwdSm90Smem<Traits> smem{smem_address(memory)};
   if (threadIdx.x == 0) {
-    work = find_query_tile<Traits::kTileQ>(p, keys);
     for (int operand = 0; operand < 2; ++operand) {
       for (int stage = 0; stage < Traits::kStages; ++stage) {
         mbarrier_init(smem.full(operand, stage), 2);  // the producer warps of the operand
         mbarrier_init(smem.empty(operand, stage), Traits::kConsumerThreads / kWarpSize);
       }
     }
+    for (int i = 0; i < Traits::kWorkBuffers; ++i) {
+      mbarrier_init(smem.work_full(i), 1);
+      mbarrier_init(smem.work_empty(i), Traits::kThreads / kWarpSize);
+    }
     mbarrier_init_fence();
   }
   __syncthreads();
-  if (work.num_queries <= 0) return;
-  const int last_step = work.last_key / Traits::kTileKv;
-  const int num_steps =
-      work.first_key <= work.last_key ? last_step - work.first_key / Traits::kTileKv + 1 : 0;
   if (threadIdx.x < Traits::kConsumerThreads) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Traits::kConsumerRegisters));
-    run_query_group<Traits>(smem, p, keys.band, work, num_steps);
+    run_consumer<Traits>(smem, p, keys.band, works, num_tiles);
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kProducerRegisters));
-    if (num_steps == 0) return;
-    const int operand = threadIdx.x / 64 % 2;
-    const Rows& rows = operand == 0 ? p.k : p.v;
-    const MatrixView<Element> matrix{
-        static_cast<const Element*>(rows.data) + (operand == 0 ? work.k_offset : work.v_offset),
-        rows.token_stride, work.num_keys,
-        static_cast<int>(operand == 0 ? p.shape.head_dim : p.shape.head_dim_v)};
-    produce<Traits>(smem, operand, matrix, last_step, num_steps);
+    run_producer<Traits>(smem, p, keys, works, num_tiles);
   }
 }
 

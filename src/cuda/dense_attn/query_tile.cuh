@@ -42,17 +42,19 @@ __device__ __forceinline__ void mask_scores(float (&s)[kM][kN][4], const device:
   }
 }
 
+// The work of tile `index` of `count`: a multiple of the heads, which are the fastest index.
 template <int kTileQ, class Tensors>
-__device__ QueryTileWork find_query_tile(const Tensors& p, const device::KeySet& keys) {
+__device__ QueryTileWork find_query_tile(const Tensors& p, const device::KeySet& keys, int index,
+                                         int count) {
   const int num_heads = static_cast<int>(p.shape.num_heads_q);
   const int batch = static_cast<int>(p.packing.batch);
-  const int slot = static_cast<int>(gridDim.x) / num_heads - 1 - blockIdx.x / num_heads;
+  const int slot = count / num_heads - 1 - index / num_heads;
   const device::TileSlot tile = device::find_tile(p.packing.cu_q, batch, slot, kTileQ);
   const device::RowRange queries =
       device::rows_of(p.packing.cu_q, batch, tile.seq, static_cast<int>(p.packing.total_q));
   const device::RowRange kv = device::rows_of(keys.cu_keys, batch, tile.seq, keys.total_keys);
   QueryTileWork work;
-  work.head = blockIdx.x % num_heads;
+  work.head = index % num_heads;
   const int kv_head = work.head / (num_heads / static_cast<int>(p.shape.num_heads_kv));
   work.token = int64_t{queries.begin} + tile.first;
   work.k_offset = kv.begin * p.k.token_stride + kv_head * p.k.head_stride;
@@ -67,6 +69,13 @@ __device__ QueryTileWork find_query_tile(const Tensors& p, const device::KeySet&
   work.full_last = min(keys.band.last_key(work.position), work.num_keys - 1);
   work.scale_log2 = static_cast<float>(p.shape.softmax_scale) * device::kLog2E;
   return work;
+}
+
+// One tile a CTA.
+template <int kTileQ, class Tensors>
+__device__ QueryTileWork find_query_tile(const Tensors& p, const device::KeySet& keys) {
+  return find_query_tile<kTileQ>(p, keys, static_cast<int>(blockIdx.x),
+                                 static_cast<int>(gridDim.x));
 }
 
 // Starts the copy of kRows rows of q, k, v or dO from row `first` of the tile or sequence on. The

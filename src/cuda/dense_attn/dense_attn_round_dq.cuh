@@ -1,0 +1,45 @@
+// dense_attn_round_dq: the sums of dQ of dense_attn_bwd_sm90.cuh, scaled, rounded and put in order.
+//
+// Tiles   one CTA per (64 queries of a sequence, head).
+// Bound   memory: 4 bytes in, 2 out an element.
+#pragma once
+#include "cuda/dense_attn/query_tile.cuh"
+
+namespace fsattn {
+
+inline constexpr int kRoundThreads = 256;
+
+template <class Element>
+__global__ void __launch_bounds__(kRoundThreads)
+    dense_attn_round_dq_kernel(const __grid_constant__ AttnBwdTensors p,
+                               const __grid_constant__ device::KeySet keys,
+                               const float* __restrict__ sums) {
+  __shared__ QueryTileWork work;
+  if (threadIdx.x == 0) work = find_query_tile<kTurnQueries>(p, keys);
+  __syncthreads();
+  const int chunk = threadIdx.x % 16;
+  if (chunk * 8 >= p.shape.head_dim) return;
+  const float scale = static_cast<float>(p.shape.softmax_scale);
+#pragma unroll
+  for (int i = 0; i < kTurnQueries / (kRoundThreads / 16); ++i) {
+    const int row = i * (kRoundThreads / 16) + threadIdx.x / 16;
+    if (row >= work.num_queries) return;
+    uint4 x{};
+    if (work.first_key <= work.last_key) {
+      const auto* from = reinterpret_cast<const float4*>(
+          sums + (work.head * p.packing.total_q + work.token + row) * 128 +
+          ((chunk ^ (row & 7)) * 8));
+      const float4 a = from[0], b = from[1];
+      x = {device::pack_pair<Element>(a.x * scale, a.y * scale),
+           device::pack_pair<Element>(a.z * scale, a.w * scale),
+           device::pack_pair<Element>(b.x * scale, b.y * scale),
+           device::pack_pair<Element>(b.z * scale, b.w * scale)};
+    }
+    auto* to = reinterpret_cast<uint4*>(static_cast<Element*>(p.dq.data) +
+                                        (work.token + row) * p.dq.token_stride +
+                                        work.head * p.dq.head_stride + chunk * 8);
+    *to = p.accumulate_dq ? device::add_packed<Element>(*to, x) : x;
+  }
+}
+
+}  // namespace fsattn
