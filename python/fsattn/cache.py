@@ -17,11 +17,16 @@ __all__ = ["CacheFullError", "CacheStep", "PagedCache"]
 
 @dataclass
 class _Entry:
-    """A sequence: its length and its pages."""
+    """A sequence: its length and its pages.
+
+    written: how far its last page has been written. More than length after tokens were taken back,
+    whose raw keys have replaced older ones.
+    """
 
     length: int
     tokens: PageList
     windows: PageList
+    written: int = 0
 
 
 @dataclass
@@ -228,7 +233,7 @@ class PagedCache:
         if self.raw_size in (0, self.page_size) or length in (0, entry.length):
             return
         page_begin = (length - 1) // self.page_size * self.page_size
-        oldest_kept = min(entry.length, page_begin + self.page_size) - self.raw_size
+        oldest_kept = min(entry.written, page_begin + self.page_size) - self.raw_size
         if oldest_kept > max(length - self.kernel_size + 1, page_begin):
             raise ValueError(
                 f"length: raw_size={self.raw_size} does not remember the keys before token "
@@ -240,12 +245,18 @@ class PagedCache:
             raise ValueError(f"length: must be between 0 and {entry.length}, found {length}")
         self._check_raw_keys(entry, length)
 
+    def _written(self, entry: _Entry, length: int) -> int:
+        """_Entry.written of the first `length` tokens."""
+        page_end = -(-length // self.page_size) * self.page_size
+        return length if length == page_end else min(entry.written, page_end)
+
     def truncate(self, sequence: int, length: int) -> None:
         """Takes back the tokens from `length` on, for instance rejected speculative ones."""
         entry = self._entry(sequence)
         self._check_length(entry, length)
         entry.tokens.shrink(length)
         entry.windows.shrink(self._num_windows(length))
+        entry.written = self._written(entry, length)
         entry.length = length
 
     def fork(self, sequence: int, length: int | None = None) -> int:
@@ -254,7 +265,8 @@ class PagedCache:
         length = entry.length if length is None else length
         self._check_length(entry, length)
         windows = entry.windows.fork(self._num_windows(length))
-        return self._add(_Entry(length, entry.tokens.fork(length), windows))
+        written = self._written(entry, length)
+        return self._add(_Entry(length, entry.tokens.fork(length), windows, written))
 
     def reorder(self, sequences: Sequence[int], parents: Sequence[int]) -> None:
         """Beam search: sequences[i] becomes what parents[i] is; parents may repeat."""
@@ -338,7 +350,7 @@ class PagedCache:
             copied = entry.windows.grow(old, new)
             if copied is not None:
                 self._copy_page(copied, self.k_cmp, self.v_cmp)
-            entry.length = length
+            entry.length, entry.written = length, max(entry.written, length)
 
     @staticmethod
     def _copy_page(copied: tuple[int, int], *pools: Tensor | None) -> None:

@@ -133,15 +133,16 @@ def test_chunks_of_any_size_store_the_same(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_taken_back_tokens(device):
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 16, "raw_size": 32}], ids=str)
+def test_taken_back_tokens(options, device):
     """Rejected tokens are overwritten by a later call with smaller cache_seqlens."""
     dtype = torch.float64 if device == "cpu" else torch.bfloat16
-    case = PagedCase([140], rope=True, dtype=dtype, device=device)
+    case = PagedCase([140], rope=True, dtype=dtype, device=device, **options)
     case.advance(60)
     for start in range(60, 137, 4):
         good = case.k.clone()
         case.k[start:] = 100.0  # a draft that is refused
-        case.append([start], [4])
+        case.append([start], [min(8, 140 - start)])
         case.k = good
         case.advance(4)
     case.run([1]).check()

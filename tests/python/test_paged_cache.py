@@ -287,6 +287,21 @@ def test_raw_keys_that_are_gone():
     for length in (10, 17, 28):
         with pytest.raises(ValueError, match="raw_size=4 does not remember"):
             cache.fork(sequence, length)
+    # Tokens that were taken back had replaced older ones: it is their end that counts.
+    back = small_cache(rope=True, raw_size=8)
+    sequence = back.allocate()
+    back.step([sequence], 30)
+    for length in (27, 25):
+        back.truncate(sequence, length)
+    for find in (lambda: back.fork(sequence, 24), lambda: back.truncate(back.fork(sequence), 24)):
+        with pytest.raises(ValueError, match="raw_size=8 does not remember"):
+            find()
+    back.step([sequence], 2)
+    with pytest.raises(ValueError, match="raw_size=8 does not remember"):
+        back.truncate(sequence, 24)
+    back.truncate(sequence, 16)
+    back.step([sequence], 4)
+    back.truncate(sequence, 19)
     whole = small_cache(rope=True)
     sequence = whole.allocate()
     whole.step([sequence], 30)
