@@ -244,9 +244,10 @@ def _cases(shape: Shape, seed: int) -> Iterator[tuple[str, str, int, Callable[[]
     yield "append", "fsattn", shape.batch * shape.new * shape.row_bytes(), cache.append
     yield "append + decode", "fsattn", shape.sparse_bytes(), cache.step
     for name, make in _DENSE.items():
+        # A peer that is missing, broken or without this shape must not end the run.
         try:
             call = make(shape, cache)
-        except (ImportError, NotImplementedError, torch.OutOfMemoryError):
+        except Exception:
             continue
         yield "dense decode", name, shape.dense_bytes(), call
 
