@@ -4,13 +4,15 @@ Made for compute-sanitizer, which slows kernels down a hundredfold: results are 
 finite, the tests in tests/python check their values. usage: run_operators.py [cpu|cuda]
 """
 
+import os
 import sys
 
 import torch
 
 import fsattn
 
-HEADS_Q, HEADS_KV, DIM = 4, 2, 64
+HEADS_Q, HEADS_KV = 4, 2
+DIM = int(os.environ.get("DIM", "64"))
 TOTAL = 333
 LENGTHS = (0, 20, 20, TOTAL)
 WINDOWS = {"kernel_size": 32, "kernel_stride": 16}
