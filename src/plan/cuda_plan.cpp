@@ -64,13 +64,13 @@ Choice choose_dense_attn(const Problem& problem, Arch arch, size_t smem_per_cta)
   return choice;
 }
 
-Choice choose_select_blocks(const Problem& problem, size_t smem_per_cta) {
+Choice choose_select_blocks(const Problem& problem, Arch arch, size_t smem_per_cta) {
   Choice choice;
   std::ostringstream nearest;
   nearest << "kernel_size / kernel_stride <= " << kSelectMaxHalo + 1
           << " and block_size / kernel_stride <= " << kSelectTileKv;
   choice.nearest = nearest.str();
-  choice.row = find_select_blocks_row(problem, static_cast<int64_t>(smem_per_cta));
+  choice.row = find_select_blocks_row(arch, problem, static_cast<int64_t>(smem_per_cta));
   if (choice.row < 0) return choice;
   const SelectBlocksConfig& config = row_of(kSelectBlocksTable, choice.row);
   choice.arch = config.arch;
@@ -141,7 +141,7 @@ Choice choose(const Problem& problem, const DeviceInfo& device) {
     case Op::kWindowAttn:
       return choose_dense_attn(problem, device.arch, device.smem_per_cta);
     case Op::kSelectBlocks:
-      return choose_select_blocks(problem, device.smem_per_cta);
+      return choose_select_blocks(problem, device.arch, device.smem_per_cta);
     case Op::kBlockIndex:
       return choose_block_index(problem);
     case Op::kSelectedAttn:

@@ -3,54 +3,9 @@
 #pragma once
 #include "cuda/device/warp_topk.cuh"
 #include "cuda/select_blocks/select_blocks.h"
+#include "cuda/select_blocks/select_blocks_work.cuh"
 
 namespace fsattn::device {
-
-// What one CTA computes.
-struct SelectWork {
-  int kv_head;
-  int first_head;   // of the group
-  int64_t token;    // of the first query
-  int position;     // of the first query
-  int num_queries;  // 0 or less: nothing to do
-  int first_row;    // of the keys
-  int num_keys;
-  int last_key;    // the last key that some query sees; -1: none
-  int full_last;   // the last key that every query sees
-  int num_blocks;  // of the sequence
-};
-
-// The numbers of one call that every warp needs.
-struct SelectGeometry {
-  int block_size, topk, init_blocks, local_blocks;
-  int overlap;    // l / d: windows that cover a token
-  int per_block;  // S / d: windows that start in a block
-  int log_per_block;
-  bool rounds_to_bf16;
-  float scale_log2;
-};
-
-// Where the competition of one query takes place.
-struct SelectRow {
-  int num_blocks;   // blocks that the query may select; 0: none
-  int num_init;     // blocks 0 .. num_init - 1 are taken
-  int local_begin;  // blocks from here on compete for nothing: the last num_local are taken
-  int num_local;
-  int room;  // blocks that the ranking may take
-};
-
-__device__ __forceinline__ SelectRow select_row(const SelectGeometry& g, const SelectWork& work,
-                                                int row) {
-  const int position = work.position + row;
-  const int query_block = position < 0 ? -1 : position / g.block_size;
-  SelectRow r;
-  r.num_blocks = min(query_block + 1, work.num_blocks);
-  r.num_init = min(min(g.init_blocks, r.num_blocks), g.topk);
-  r.local_begin = min(max(query_block + 1 - g.local_blocks, r.num_init), r.num_blocks);
-  r.num_local = min(r.num_blocks - r.local_begin, g.topk - r.num_init);
-  r.room = g.topk - r.num_init - r.num_local;
-  return r;
-}
 
 // Column of window c of a step: windows that start one block apart lie side by side, so that a warp
 // reads them without bank conflicts.

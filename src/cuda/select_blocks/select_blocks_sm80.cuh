@@ -17,8 +17,6 @@
 // Numbers scores fp32; a block's windows are added in ascending order.
 #pragma once
 #include "base/cuda_check.h"
-#include "cuda/device/band.h"
-#include "cuda/device/sequence_tile.cuh"
 #include "cuda/device/tile_sm80.cuh"
 #include "cuda/select_blocks/select_blocks_rank.cuh"
 
@@ -37,34 +35,6 @@ struct SelectTraits {
   static constexpr int kQBytes = tile_bytes<kDim>(kTileQ);
   static constexpr int kMinCtas = kDim <= 128 ? 2 : 1;
 };
-
-template <class Traits>
-__device__ SelectWork find_select_work(const SelectBlocksParams& p, const Band& band) {
-  const int num_heads = static_cast<int>(p.shape.num_heads_kv);
-  const int batch = static_cast<int>(p.packing.batch);
-  // Latest queries first: they see the most keys.
-  const int slot = static_cast<int>(gridDim.x) / num_heads - 1 - blockIdx.x / num_heads;
-  const TileSlot tile = find_tile(p.packing.cu_q, batch, slot, Traits::kTileQ);
-  const RowRange queries =
-      rows_of(p.packing.cu_q, batch, tile.seq, static_cast<int>(p.packing.total_q));
-  const RowRange keys = rows_of(p.mask.cu_cmp, batch, tile.seq, static_cast<int>(p.mask.total_cmp));
-  const bool is_sequence = tile.seq < batch;
-  SelectWork work;
-  work.kv_head = blockIdx.x % num_heads;
-  work.first_head = work.kv_head * static_cast<int>(p.shape.group_size());
-  work.token = int64_t{queries.begin} + tile.first;
-  work.num_queries = min(queries.count - tile.first, Traits::kTileQ);
-  work.position = query_offset(p.packing, tile.seq, queries.count) + tile.first;
-  work.first_row = keys.begin;
-  work.num_keys = is_sequence ? keys.count : 0;
-  // In tokens, of which this operator has no tensor: total_k is not known here.
-  const int seqlen_k =
-      is_sequence ? __ldg(p.packing.cu_k + tile.seq + 1) - __ldg(p.packing.cu_k + tile.seq) : 0;
-  work.num_blocks = ceil_div(max(seqlen_k, 0), static_cast<int>(p.block_size));
-  work.last_key = min(band.last_key(work.position + work.num_queries - 1), work.num_keys - 1);
-  work.full_last = min(band.last_key(work.position), work.num_keys - 1);
-  return work;
-}
 
 // p (+)= the probabilities of one head; s holds its scores. A row without keys has bias -inf.
 template <int kN>
@@ -179,7 +149,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   // Shared, because in registers it would push the loop into spilling.
   __shared__ SelectWork shared_work;
   if (thread == 32) select_setup() = {at, g};
-  if (thread == 0) shared_work = find_select_work<Traits>(p, band);
+  if (thread == 0) shared_work = find_select_work<Traits::kTileQ>(p, band);
   __syncthreads();
   const SelectWork& work = shared_work;
   if (work.num_queries <= 0) return;
@@ -237,23 +207,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 }  // namespace device
 
 template <SelectBlocksConfig kConfig>
-void launch_select_blocks(const SelectBlocksParams& params, Stream stream) {
+void launch_select_blocks_sm80(const SelectBlocksParams& params, Stream stream) {
   using Traits = device::SelectTraits<kConfig>;
   const Packing& packing = params.packing;
   if (packing.total_q == 0) return;
-  const CompressedMask& mask = params.mask;
-  device::SelectGeometry g{};
-  g.block_size = static_cast<int>(params.block_size);
-  g.topk = static_cast<int>(params.topk);
-  g.init_blocks = static_cast<int>(params.init_blocks);
-  g.local_blocks = static_cast<int>(params.local_blocks);
-  g.overlap = static_cast<int>(mask.kernel_size / mask.kernel_stride);
-  g.per_block = static_cast<int>(params.block_size / mask.kernel_stride);
-  while (1 << g.log_per_block < g.per_block) ++g.log_per_block;
-  g.scale_log2 = static_cast<float>(params.shape.softmax_scale) * device::kLog2E;
-  g.rounds_to_bf16 = params.score_dtype == ScoreDType::kBFloat16;
-  const device::Band band{static_cast<int>(mask.kernel_stride), static_cast<int>(mask.kernel_size),
-                          device::Band::kUnlimited};
+  const device::SelectGeometry g = device::make_select_geometry(params);
+  const device::Band band = device::make_select_band(params.mask);
   const int group = static_cast<int>(params.shape.group_size());
   const int num_heads = params.group_reduce == GroupReduce::kFirstHead ? 1 : group;
   const SelectBlocksSmem smem = select_blocks_smem(kConfig, g.overlap - 1, g.topk);
