@@ -21,13 +21,13 @@ struct BlockIndexConfig {
 // Picks (queries of a step times topk) that the threads of one CTA hold in registers.
 inline constexpr int kBlockIndexPicks = 4096;
 
-// Shared memory: 4 * (query_words + 2) bytes a slot, plus 34 KiB, stays below the 99 KiB that every
+// Shared memory: 4 * (query_words + 4) bytes a slot, plus 34 KiB, stays below the 99 KiB that every
 // device since sm_80 has. Long sequences take more than one window.
 inline constexpr std::array kBlockIndexTable{
-    BlockIndexConfig{Arch::kSm80, 8, 1536},
-    BlockIndexConfig{Arch::kSm80, 4, 2560},
-    BlockIndexConfig{Arch::kSm80, 2, 3840},
-    BlockIndexConfig{Arch::kSm80, 1, 5120},
+    BlockIndexConfig{Arch::kSm80, 8, 1344},
+    BlockIndexConfig{Arch::kSm80, 4, 2080},
+    BlockIndexConfig{Arch::kSm80, 2, 2784},
+    BlockIndexConfig{Arch::kSm80, 1, 3328},
 };
 
 // The widest row whose queries fit in registers and whose window covers all slots; when none does,

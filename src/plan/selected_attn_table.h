@@ -10,6 +10,7 @@
 #include "base/math.h"
 #include "plan/block_index_table.h"
 #include "plan/problem.h"
+#include "plan/selected_tiles.h"
 
 namespace fsattn {
 
@@ -104,6 +105,15 @@ struct SelectedShape {
     return num_heads_kv == 0 ? 1 : num_heads_q / num_heads_kv;
   }
   constexpr int64_t num_block_slots() const { return total_k / block_size + batch; }
+  // Whether sm_90a splits the blocks of a tile of queries by popularity. Other architectures need the
+  // same workspace then.
+  constexpr bool has_tiles() const {
+    return head_dim == 128 && head_dim_v == 128 && block_size == kSelectedTileKeys &&
+           group_size() >= kSelectedMinTileGroup && group_size() <= kSelectedMaxTileGroup;
+  }
+  constexpr SelectedTiles tiles() const {
+    return selected_tiles(batch, total_q, group_size(), topk);
+  }
 };
 
 constexpr SelectedShape selected_shape(const Problem& p) {
@@ -125,7 +135,7 @@ struct SelectedSplit {
   int64_t keys;
   int64_t splits;
   int64_t num_parts;  // of one KV head
-  int64_t partials;   // partial rows of one query row: topk * splits
+  int64_t partials;   // partial rows of one query row: topk * splits, and the extra ones
   int64_t range;
   int64_t num_ranges;
   int64_t num_segments;
@@ -135,8 +145,9 @@ struct SelectedSplit {
   int64_t item_entries;        // CSR entries of one work item, at most
   int64_t item_capacity;       // work items of one segment, at most
 
+  constexpr int64_t slots_per_launch() const { return segments_per_launch * range * partials; }
   constexpr int64_t rows_per_launch(int64_t group_size) const {
-    return segments_per_launch * range * partials * group_size;
+    return slots_per_launch() * group_size;
   }
   constexpr int64_t segments_per_build() const { return segments_per_launch * launches_per_build; }
 };
@@ -151,6 +162,7 @@ struct SelectedSplitRules {
   int64_t item_rows;         // query rows of one work item, at most
   int64_t max_item_entries;  // and queries
   int64_t range_rows;        // query rows of a segment, wanted
+  int64_t extra_partials = 0;
 };
 
 constexpr SelectedSplit split_selected(const SelectedShape& shape,
@@ -162,7 +174,7 @@ constexpr SelectedSplit split_selected(const SelectedShape& shape,
   s.keys = std::min(shape.block_size, rules.keys);
   s.splits = shape.block_size / s.keys;
   s.num_parts = shape.num_block_slots() * s.splits;
-  s.partials = shape.topk * s.splits;
+  s.partials = shape.topk * s.splits + rules.extra_partials;
 
   // Long ranges give long runs of one block; short ones keep the queries in the L2 (measured).
   const int64_t most_ranges = group >= 8 ? 16 : 8;
@@ -220,30 +232,53 @@ constexpr SelectedIndexRegions take_index_regions(const SelectedShape& shape, Wo
 // ---- Forward ----
 
 // Scratch of the block-major forward. The partial rows and their statistics obey the cap; the rest is
-// linear in the number of tokens.
+// linear in the number of tokens. With tiles, the index is built from what the popular blocks leave of
+// topk_idx, whether or not the caller brings one.
 struct SelectedFwdLayout {
   SelectedSplit split;
   SelectedIndexRegions index;
-  size_t counters, item_counts, items, partial_stats, partial, bytes;
+  SelectedTiles tiles;
+  int64_t max_tiles;  // of one segment
+  size_t counters, item_counts, items, partial_stats, partial;
+  size_t marks, marks_bytes;  // of the partial rows of all launches
+  size_t tail;  // what is left of topk_idx; shares its memory with `partial`, which comes later
+  size_t tile_counts, tile_lists, tile_items, tile_item_counts;
+  size_t bytes;
 };
 
 constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape) {
+  const bool has_tiles = shape.has_tiles();
   SelectedFwdLayout l{};
   l.split = split_selected(
       shape, {.keys = selected_keys(shape.head_dim, shape.head_dim_v, shape.block_size),
               .row_bytes = shape.head_dim_v * 2 + 8,
               .item_rows = 1024,
               .max_item_entries = 512,  // what the shared memory of the wgmma row holds
-              .range_rows = 32768});
+              .range_rows = 32768,
+              .extra_partials = has_tiles ? 1 : 0});
   const SelectedSplit& s = l.split;
   const int64_t rows = s.rows_per_launch(shape.group_size());
+  SelectedShape indexed = shape;
+  indexed.has_block_index = shape.has_block_index && !has_tiles;
   WorkspaceCursor at;
-  l.index = take_index_regions(shape, at);
-  l.counters = at.take(s.num_launches * 4);
+  l.index = take_index_regions(indexed, at);
+  l.counters = at.take(2 * s.num_launches * 4);
   l.item_counts = at.take(s.segments_per_build() * 4);
   l.items = at.take(s.segments_per_build() * s.item_capacity * kSelectedItemBytes);
+  l.marks_bytes = has_tiles ? static_cast<size_t>(s.slots_per_launch() * s.num_launches) : 0;
+  l.marks = at.take(static_cast<int64_t>(l.marks_bytes));
   l.partial_stats = at.take(rows * 8);
-  l.partial = at.take(rows * shape.head_dim_v * 2);
+  const int64_t tail_bytes = has_tiles ? shape.num_heads_kv * shape.total_q * shape.topk * 4 : 0;
+  l.tail = l.partial = at.take(std::max(rows * shape.head_dim_v * 2, tail_bytes));
+  if (has_tiles) {
+    l.tiles = shape.tiles();
+    l.max_tiles = l.tiles.max_units(s.range, shape.batch) * l.tiles.per_unit;
+    const int64_t tiles = shape.num_heads_kv * l.tiles.num_tiles();
+    l.tile_counts = at.take(tiles * 4);
+    l.tile_lists = at.take(tiles * l.tiles.list_ints() * 4);
+    l.tile_items = at.take(s.segments_per_build() * l.max_tiles * kSelectedItemBytes);
+    l.tile_item_counts = at.take(s.segments_per_build() * 4);
+  }
   l.bytes = at.bytes;
   return l;
 }
@@ -256,7 +291,7 @@ constexpr bool fits(const SelectedAttnFwdConfig& config, Arch arch, const Proble
   }
   if (config.algorithm == SelectedAlgorithm::kBlockMajorWgmma) {
     return p.head_dim == config.head_dim && p.head_dim_v == config.head_dim_v &&
-           p.block_size == config.keys;
+           p.block_size == config.keys && p.group_size() <= kSelectedMaxTileGroup;
   }
   return config.algorithm == SelectedAlgorithm::kQueryMajor ||
          selected_keys(p.head_dim, p.head_dim_v, p.block_size) <= config.keys;

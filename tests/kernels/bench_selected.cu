@@ -1,5 +1,5 @@
 // Times selected attention by CUDA events: median of 7 after 2 warm-ups, random data and selection.
-//     bench_selected PASS TOKENS Hq Hkv [block_size topk dim cap_mib]
+//     bench_selected PASS TOKENS Hq Hkv [block_size topk dim cap_mib persistence]
 // PASS: index, a forward algorithm: query, mma, wgmma, or bwd_mma: the backward with mma.sync; fwd and bwd
 // are what the tables take on sm_90a.
 #include <cstring>
@@ -62,6 +62,7 @@ int main(int argc, char** argv) {
          option(6, 16),
          Pattern::kRandom,
          size_t(option(8, 1024)) << 20};
+  c.persistence = option(9, 0);
   SelectedProblem<__nv_bfloat16> x(c);
   const bool is_bwd = pass == "bwd" || pass == "bwd_mma";
   double pairs = 0;  // query row times key block

@@ -26,6 +26,7 @@ struct Case {
   bool has_index = false;   // the caller brings the block index
   int stride = 1;           // reference rows: every stride-th token
   Values values = Values::kNormal;
+  int persistence = 0;  // percent of the random blocks that the next query keeps
 };
 
 template <class Element>
@@ -91,7 +92,8 @@ struct SelectedProblem {
         for (int i = 0; i < len_q; ++i) {
           const int64_t row = g * total_q + cu_q_host[s] + i;
           fill_row(topk_host.data() + row * c.topk, c.topk, int64_t{i} + offset, c.block_size,
-                   (len_k + c.block_size - 1) / c.block_size, c.pattern, state);
+                   (len_k + c.block_size - 1) / c.block_size, c.pattern, i == 0 ? 0 : c.persistence,
+                   state);
         }
       }
     }

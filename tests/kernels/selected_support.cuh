@@ -304,9 +304,10 @@ enum class Pattern {
              // INT_MIN, empty rows
 };
 
-// One row of topk_idx for the query at `position` of a sequence with `blocks` blocks.
+// One row of topk_idx for the query at `position` of a sequence with `blocks` blocks. Of the freely
+// chosen blocks of the query before, the row above, a random row keeps about `persistence` percent.
 inline void fill_row(int32_t* row, int topk, int64_t position, int block_size, int blocks,
-                     Pattern pattern, uint64_t& state) {
+                     Pattern pattern, int persistence, uint64_t& state) {
   const auto draw = [&](int n) {
     return static_cast<int>((uint64_t{hash32(state++)} * static_cast<uint64_t>(n)) >> 32);
   };
@@ -328,7 +329,9 @@ inline void fill_row(int32_t* row, int topk, int64_t position, int block_size, i
   const int must[3] = {0, own, own - 1};
   for (int j = 0; j < topk; ++j) {
     for (bool is_new = false; !is_new;) {
-      row[j] = j < 3 ? must[j] : 1 + draw(own - 2);
+      const int before = j < 3 || persistence == 0 ? -1 : row[j - topk];
+      const bool is_kept = before > 0 && before < own - 1 && draw(100) < persistence;
+      row[j] = j < 3 ? must[j] : is_kept ? before : 1 + draw(own - 2);
       is_new = true;
       for (int i = 0; i < j; ++i) is_new &= row[i] != row[j];
     }

@@ -191,6 +191,9 @@ const Case kCases[] = {
     {"tiny cap", {700}, {}, {}, 4, 2, 128, 128, 64, 16, kHostile, 1},
     {"no queries", {0, 0}, {100, 30}, {}, 4, 2, 128, 128, 64, 4, kHostile, 1024 * kMiB, 1.f, false, true},
     {"no keys", {10, 20}, {0, 0}, {}, 4, 2, 128, 128, 64, 4},
+    {"no keys, group 5", {10, 200}, {0, 0}, {}, 10, 2, 128, 128, 64, 4},
+    {"many short, group 8", {1, 30, 2, 47, 48, 49, 5, 96, 97, 3, 200}, {}, {}, 16, 2, 128, 128, 64, 6, kHostile, 1024 * kMiB, 1.f, true, true},
+    {"group 33", {300, 40}, {}, {}, 33, 1, 128, 128, 64, 6},
     {"short tails", {70, 130, 190, 20, 5000}, {}, {}, 4, 2, 128, 128, 64, 8, kHostile, 1024 * kMiB, 1.f, true},
     {"tiny items", {8200}, {}, {}, 3, 3, 128, 128, 64, 4, kHostile, 1024 * kMiB, 1.f, false, false, 7},
     {"many items", {16384}, {}, {}, 8, 8, 128, 128, 64, 8, kRandom, 256 * kMiB, 1.f, false, false, 31},
@@ -198,6 +201,11 @@ const Case kCases[] = {
     {"equal logits S 128", {500}, {}, {}, 4, 2, 64, 64, 128, 4, kHostile, 1024 * kMiB, 1.f, false, false, 1, Values::kEqualLogits},
     {"largest v", {300}, {}, {}, 4, 2, 128, 128, 64, 5, kHostile, 1024 * kMiB, 1.f, false, false, 1, Values::kLargestV},
     {"largest v S 256", {900}, {}, {}, 40, 1, 128, 128, 256, 4, kHostile, 1024 * kMiB, 1.f, false, false, 1, Values::kLargestV},
+    {"correlated", {3000, 70, 900}, {}, {}, 16, 2, 128, 128, 64, 16, kRandom, 16 * kMiB, 1.f, true, true, 3, Values::kNormal, 90},
+    {"correlated, group 16", {2500, 33}, {2700, 600}, {}, 32, 2, 128, 128, 64, 16, kRandom, 1024 * kMiB, 1.f, false, false, 3, Values::kNormal, 90},
+    {"correlated, group 1", {4000}, {}, {}, 2, 2, 128, 128, 64, 16, kRandom, 1024 * kMiB, 1.f, false, true, 3, Values::kNormal, 97},
+    {"correlated, topk 40", {6000}, {}, {}, 8, 2, 128, 128, 64, 40, kRandom, 64 * kMiB, 1.f, false, false, 5, Values::kNormal, 97},
+    {"correlated, large logits", {1500}, {}, {}, 24, 2, 128, 128, 64, 16, kRandom, 1024 * kMiB, 100.f, false, false, 3, Values::kNormal, 90},
     {"many slots", {100000}, {}, {}, 1, 1, 64, 64, 16, 4, kRandom, 32 * kMiB, 1.f, false, true, 61},
 };
 // clang-format on

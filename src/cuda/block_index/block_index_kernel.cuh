@@ -12,7 +12,7 @@
 //                    entries are staged in slot order, so that runs of one slot leave together
 // Order   bits are or-ed, a repeated id keeps the least of its entries (atomicMin): no order of the
 //         atomics can show in the result.
-// Memory  4 * (query_words + 2) bytes a slot of the window, 32 KiB of staging.
+// Memory  4 * (query_words + 4) bytes a slot of the window, 32 KiB of staging.
 // Bound   shared-memory atomics, then short runs of 4-byte stores. Reads topk_idx twice.
 #pragma once
 #include <climits>
@@ -58,15 +58,6 @@ struct alignas(kWords < 4 ? kWords * 4 : 16) QuerySet {
     int n = 0;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) n += __popc(word[w]);
-    return n;
-  }
-  __device__ int size_below(int query) const {
-    int n = 0;
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      const int bits = min(max(query - w * 32, 0), 32);
-      n += __popc(bits == 32 ? word[w] : word[w] & ((1u << bits) - 1));
-    }
     return n;
   }
 };
@@ -123,14 +114,19 @@ __device__ __forceinline__ void load_query_blocks(const Args& a, QueryBlocks* bl
   }
 }
 
+// Returns whether a pick of this thread was there before: its row names a block twice.
 template <class T>
-__device__ __forceinline__ void mark_picks(const Args& a, QuerySet<T::kWords>* sets,
+__device__ __forceinline__ bool mark_picks(const Args& a, QuerySet<T::kWords>* sets,
                                            const int (&slot)[T::kPicks]) {
+  bool is_repeat = false;
 #pragma unroll
   for (int i = 0; i < T::kPicks; ++i) {
     const int local = a.topk_div.quotient(threadIdx.x + i * T::kThreads);
-    if (slot[i] >= 0) atomicOr(&sets[slot[i]].word[local >> 5], 1u << (local & 31));
+    if (slot[i] < 0) continue;
+    const uint32_t bit = 1u << (local & 31);
+    is_repeat |= (atomicOr(&sets[slot[i]].word[local >> 5], bit) & bit) != 0;
   }
+  return is_repeat;
 }
 
 template <class T>
@@ -174,7 +170,7 @@ inline constexpr int kPrefixThreads = 128;
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     block_index_prefix_kernel(const __grid_constant__ Args a) {
-  constexpr int kUnroll = 8;  // loads in flight
+  constexpr int kUnroll = 16;  // loads in flight
   const int64_t num_slots = a.mask.index.num_slots;
   const int64_t slot = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (slot >= num_slots) return;
@@ -220,23 +216,60 @@ template <class T>
 struct ScatterStorage {
   int2 staged[kBlockIndexPicks];  // {entry, place in the CSR row}, in slot order
   QuerySet<T::kWords> sets[T::kWindow];
+  uint64_t before[T::kWindow];  // byte w: the queries in the words before word w
   int cursor[T::kWindow];       // the slot's next free place in the CSR row
   int local_start[T::kWindow];  // the slot's first staged entry
 };
 
-// Exclusive prefix sum of the set sizes; returns their sum.
+// Prefix sums of the set sizes, over the words of a slot and over the slots. Returns their sum.
 template <class T>
 __device__ __forceinline__ int scan_sets(ScatterStorage<T>& s, int window, int* warp_sums) {
+  static_assert(T::kWords <= 8 && T::kQueries <= 256);
+  const int share = ceil_div(window, T::kThreads);  // slots of a thread, next to each other
+  const int begin = min(static_cast<int>(threadIdx.x) * share, window);
+  const int end = min(begin + share, window);
   int sum = 0;
-  for (int s0 = 0; s0 < window; s0 += T::kThreads) {
-    const int slot = s0 + threadIdx.x;
-    int total;
-    const int before =
-        device::cta_exclusive_scan(slot < window ? s.sets[slot].size() : 0, warp_sums, total);
-    if (slot < window) s.local_start[slot] = sum + before;
-    sum += total;
+  for (int slot = begin; slot < end; ++slot) {
+    const QuerySet<T::kWords> set = s.sets[slot];
+    s.local_start[slot] = sum;
+    uint64_t before = 0;
+    int size = 0;
+#pragma unroll
+    for (int w = 0; w < T::kWords; ++w) {
+      before |= static_cast<uint64_t>(size) << (w * 8);  // at most 224
+      size += __popc(set.word[w]);
+    }
+    s.before[slot] = before;
+    sum += size;
   }
-  return sum;
+  int total;
+  const int start = device::cta_exclusive_scan(sum, warp_sums, total);
+  for (int slot = begin; slot < end; ++slot) s.local_start[slot] += start;
+  return total;
+}
+
+// Puts the entries of this thread's picks where their slots and ranks say. Repeats agree on the place,
+// and keep the least of their entries.
+template <class T>
+__device__ __forceinline__ void stage_entries(const Args& a, ScatterStorage<T>& s, int step,
+                                              const int (&slot)[T::kPicks], bool has_repeats) {
+#pragma unroll
+  for (int i = 0; i < T::kPicks; ++i) {
+    if (slot[i] < 0) continue;
+    const int pick = threadIdx.x + i * T::kThreads;
+    const int query = a.topk_div.quotient(pick), word = query / 32;
+    const uint32_t lower = s.sets[slot[i]].word[word] & ((1u << (query % 32)) - 1);
+    const auto* before = reinterpret_cast<const uint8_t*>(s.before + slot[i]);
+    const int rank = before[word] + __popc(lower);
+    int2& to = s.staged[s.local_start[slot[i]] + rank];
+    const int entry = step * static_cast<int>(a.mask.topk) + pick;
+    if (has_repeats) {
+      atomicMin(&to.x, entry);
+      to.y = s.cursor[slot[i]] + rank;
+    } else {
+      to = {entry, s.cursor[slot[i]] + rank};
+    }
+  }
 }
 
 // The places behind the last entry are never read, but two runs shall give the same bits in the
@@ -261,7 +294,7 @@ __global__ void __launch_bounds__(T::kThreads, 2)
   const int head = blockIdx.y, window_begin = blockIdx.z * T::kWindow;
   const int num_slots = static_cast<int>(a.mask.index.num_slots);
   const int window = min(T::kWindow, num_slots - window_begin);
-  const int first = blockIdx.x * a.chunk, topk = static_cast<int>(a.mask.topk);
+  const int first = blockIdx.x * a.chunk;
   const int last = min(first + a.chunk, static_cast<int>(a.packing.total_q));
   const int32_t* before =
       a.counts + (int64_t{head} * a.num_chunks + blockIdx.x) * num_slots + window_begin;
@@ -271,7 +304,6 @@ __global__ void __launch_bounds__(T::kThreads, 2)
     s.cursor[i] = start[i] + before[i];
     s.sets[i] = {};
   }
-  for (int i = threadIdx.x; i < kBlockIndexPicks; i += T::kThreads) s.staged[i].x = INT_MAX;
   if (blockIdx.z == 0) fill_tail(a, head, out);
 
   for (int step = first; step < last; step += T::kQueries) {
@@ -279,24 +311,15 @@ __global__ void __launch_bounds__(T::kThreads, 2)
     __syncthreads();
     int slot[T::kPicks];
     load_picks<T>(a, blocks, step, last, window_begin, slot);
-    mark_picks<T>(a, s.sets, slot);
-    __syncthreads();
+    const bool has_repeats = __syncthreads_or(mark_picks<T>(a, s.sets, slot));
     const int num_staged = scan_sets<T>(s, window, warp_sums);
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < T::kPicks; ++i) {
-      if (slot[i] < 0) continue;
-      const int pick = threadIdx.x + i * T::kThreads;
-      const int rank = s.sets[slot[i]].size_below(a.topk_div.quotient(pick));
-      int2& to = s.staged[s.local_start[slot[i]] + rank];
-      atomicMin(&to.x, step * topk + pick);
-      to.y = s.cursor[slot[i]] + rank;  // repeats store the same value
+    if (has_repeats) {
+      for (int i = threadIdx.x; i < num_staged; i += T::kThreads) s.staged[i].x = INT_MAX;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < num_staged; i += T::kThreads) {
-      out[s.staged[i].y] = s.staged[i].x;
-      s.staged[i].x = INT_MAX;
-    }
+    stage_entries<T>(a, s, step, slot, has_repeats);
+    __syncthreads();
+    for (int i = threadIdx.x; i < num_staged; i += T::kThreads) out[s.staged[i].y] = s.staged[i].x;
     for (int i = threadIdx.x; i < window; i += T::kThreads) {
       s.cursor[i] += s.sets[i].size();
       s.sets[i] = {};

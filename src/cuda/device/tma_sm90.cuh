@@ -12,9 +12,10 @@ namespace fsattn::device {
 
 inline constexpr int kTmaColumns = 64;  // of 16 bits: the 128 bytes of one swizzled row
 
-// A box is kTmaColumns columns of one head of `box_tokens` tokens; tokens behind the last read as zero.
+// A box is kTmaColumns columns of `box_heads` heads of `box_tokens` tokens, heads fastest; tokens behind the
+// last read as zero.
 inline CUtensorMap make_rows_map(const Rows& rows, DType dtype, int64_t tokens, int64_t heads,
-                                 int64_t dim, int box_tokens) {
+                                 int64_t dim, int box_tokens, int box_heads = 1) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -29,7 +30,8 @@ inline CUtensorMap make_rows_map(const Rows& rows, DType dtype, int64_t tokens, 
                               static_cast<cuuint64_t>(tokens)};
   const cuuint64_t strides[2] = {static_cast<cuuint64_t>(rows.head_stride) * 2,
                                  static_cast<cuuint64_t>(rows.token_stride) * 2};
-  const cuuint32_t box[3] = {kTmaColumns, 1, static_cast<cuuint32_t>(box_tokens)};
+  const cuuint32_t box[3] = {kTmaColumns, static_cast<cuuint32_t>(box_heads),
+                             static_cast<cuuint32_t>(box_tokens)};
   const cuuint32_t ones[3] = {1, 1, 1};
   const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;

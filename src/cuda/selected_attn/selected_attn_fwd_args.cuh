@@ -20,11 +20,14 @@ struct FwdArgs {
   void* partial;  // [segments of the launch, range, partials, G, Dv] normalised, input dtype
   // [segments of the launch, range, partials, G] {shift, sum}: what the row's exponents (base 2) were
   // relative to and the sum of the powers. Not one lse: to a shift of 2^60 a sum would add nothing.
-  // The sum is kNoPartial if nobody wrote the row.
+  // Without marks the sum is kNoPartial before the launch.
   float2* partial_stats;
+  // [segments of the launch, range, partials] 1 where the partial rows of the group are written; zero before
+  // the launch. Null when the statistics have to tell.
+  uint8_t* marks;
 };
 
-// Bytes 0xff: a NaN that no arithmetic produces marks a partial row that nobody wrote.
+// Bytes 0xff: a NaN that no arithmetic produces.
 inline constexpr uint32_t kNoPartial = 0xffffffffu;
 
 // Rows are addressed in units of 16 bytes by 32 bits: 64 GiB.
@@ -54,6 +57,33 @@ __device__ __forceinline__ uint32_t pack_average(float low, float high) {
     asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   }
   return r;
+}
+
+// The wgmma kernels write partial rows straight from their accumulators. 16-byte chunk 4 k + q of a row
+// holds what lane q of the row's quad has of columns 32 k .. 32 k + 31: 8 i + 2 q and the next one, for i
+// below 4.
+template <class Element>
+__device__ __forceinline__ uint4 fragment_chunk(const float (&o)[64], int k, int half,
+                                                float scale) {
+  const float* x = o + k * 16 + half * 2;
+  return {pack_average<Element>(x[0] * scale, x[1] * scale),
+          pack_average<Element>(x[4] * scale, x[5] * scale),
+          pack_average<Element>(x[8] * scale, x[9] * scale),
+          pack_average<Element>(x[12] * scale, x[13] * scale)};
+}
+
+// From those chunks, one a lane, to chunks of consecutive columns.
+__device__ __forceinline__ uint4 order_columns(const uint4& chunk, int lane) {
+  const uint32_t word[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+  const auto pick = [](const uint32_t(&w)[4], int i) {
+    return i & 2 ? (i & 1 ? w[3] : w[2]) : (i & 1 ? w[1] : w[0]);
+  };
+  // Lane q of a quad ends up with word q of all four. Step r swaps with lane q ^ r.
+  uint32_t got[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) got[r] = __shfl_xor_sync(kFullMask, pick(word, (lane ^ r) & 3), r);
+  return {pick(got, lane & 3), pick(got, (lane ^ 1) & 3), pick(got, (lane ^ 2) & 3),
+          pick(got, (lane ^ 3) & 3)};
 }
 
 __device__ __forceinline__ uint32_t row_offset16(const Rows& rows, int token, int head) {

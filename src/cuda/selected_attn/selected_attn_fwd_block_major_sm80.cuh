@@ -5,7 +5,7 @@
 //             P = 2^(S - m), l = rowsum P; partial = P V / l in the input dtype, with m and l
 //         The merge kernel adds the partial rows of a query up.
 // Shapes  params/attention.h; head dims up to the row's, padded with zeros in shared memory.
-// Tiles   persistent CTAs of 4 warps take items from a counter. K, V of the part stay in shared
+// Tiles   persistent CTAs of 4 warps (2 where shared memory is short) take items from a counter. K, V of the part stay in shared
 //         memory; each warp gathers 32 query rows (16 at head_dim 256) into a private ring of two
 //         stages, so tiles need no CTA barrier. The output leaves through the stage of its queries:
 //         registers -> shared -> 16-byte stores.
@@ -26,15 +26,19 @@ struct FwdTraits {
   static constexpr int kD = kConfig.head_dim, kDv = kConfig.head_dim_v;
   static constexpr int kTileKeys = 64, kTiles = kConfig.keys / kTileKeys;
   static constexpr int kSummedKeys = kConfig.keys;  // of one accumulator
-  static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize, kStages = 2;
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize, kStages = 2;  // warps at most
   static constexpr int kM = kD <= 192 ? 2 : 1, kRows = 16 * kM;
   static constexpr int kKBytes = device::tile_bytes<kD>(kConfig.keys);
   static constexpr int kVBytes = device::tile_bytes<kDv>(kConfig.keys);
   static constexpr int kStageBytes = device::tile_bytes<kD>(kRows);
-  static constexpr int kPrefixOffset = kKBytes + kVBytes + kWarps * kStages * kStageBytes;
   static_assert(kDv <= kD, "the output tile takes the stage of its queries");
 
-  static int smem_bytes(int num_segments) { return kPrefixOffset + (num_segments + 1) * 4; }
+  static __host__ __device__ constexpr int prefix_offset(int warps) {
+    return kKBytes + kVBytes + warps * kStages * kStageBytes;
+  }
+  static int smem_bytes(int warps, int num_segments) {
+    return prefix_offset(warps) + (num_segments + 1) * 4;
+  }
 };
 
 // Starts the copy of the rows that `offset_of_lane` names (lane r owns row r) into a stage.
@@ -231,10 +235,12 @@ __device__ __forceinline__ void load_part(const FwdArgs& a, const Item& item, in
     return device::MatrixView<Element>{first, rows.token_stride, item.num_keys, chunks * 8};
   };
   constexpr int kKeys = T::kTiles * T::kTileKeys;
-  device::load_tile<kKeys, T::kD, T::kThreads>(
-      k_tile, device::thread_part(view(a.k, a.chunks_qk), threadIdx.x), 0, threadIdx.x);
-  device::load_tile<kKeys, T::kDv, T::kThreads>(
-      v_tile, device::thread_part(view(a.v, a.chunks_v), threadIdx.x), 0, threadIdx.x);
+  for (int thread = threadIdx.x; thread < T::kThreads; thread += blockDim.x) {
+    device::load_tile<kKeys, T::kD, T::kThreads>(
+        k_tile, device::thread_part(view(a.k, a.chunks_qk), thread), 0, thread);
+    device::load_tile<kKeys, T::kDv, T::kThreads>(
+        v_tile, device::thread_part(view(a.v, a.chunks_v), thread), 0, thread);
+  }
 }
 
 // The query row of a lane: one of the kRows rows of a warp's tile.
@@ -267,17 +273,17 @@ __device__ __forceinline__ void attend_item(const FwdArgs& a, const Item& item, 
     device::cp_async_commit();
   };
   const int num_tiles = (at.num_rows + T::kRows - 1) / T::kRows;
-  const int last_key = item.num_keys - 1;
+  const int num_warps = blockDim.x / kWarpSize, last_key = item.num_keys - 1;
   int stage = 0;
-  QueryRow row = query_row(warp), next_row = query_row(warp + T::kWarps);
+  QueryRow row = query_row(warp), next_row = query_row(warp + num_warps);
   gather(ring, row);
   device::cp_async_wait<0>();
   __syncthreads();  // K and V have landed
 
-  for (int tile = warp; tile < num_tiles; tile += T::kWarps) {
+  for (int tile = warp; tile < num_tiles; tile += num_warps) {
     const uint32_t here = ring + stage * T::kStageBytes;
     gather(ring + (stage ^ 1) * T::kStageBytes, next_row);
-    const QueryRow after_next = query_row(tile + 2 * T::kWarps);
+    const QueryRow after_next = query_row(tile + 2 * num_warps);
     device::cp_async_wait<1>();
     __syncwarp();
 
@@ -310,7 +316,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kD <= 128 && T::kTiles == 1 ? 
     selected_attn_fwd_block_major_kernel(const __grid_constant__ FwdArgs a) {
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ Item shared_item;
-  int* prefix = reinterpret_cast<int*>(smem + T::kPrefixOffset);
+  int* prefix = reinterpret_cast<int*>(smem + T::prefix_offset(blockDim.x / kWarpSize));
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const uint32_t k_tile = device::smem_address(smem), v_tile = k_tile + T::kKBytes;
   const uint32_t ring = v_tile + T::kVBytes + warp * T::kStages * T::kStageBytes;

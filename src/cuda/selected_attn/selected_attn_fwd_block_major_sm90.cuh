@@ -8,7 +8,7 @@
 //         buffers) and the CSR entries of item n + 1 (three buffers). Tiles are dealt out in turn over
 //         all items of the CTA: every third goes to the same group, into the next stage of its ring.
 // Memory  K, V 2 x 32 KiB, queries 3 groups x 3 stages x 64 x 272 B (153 KiB), entries 6 KiB. Query rows
-//         are padded to 272 B, so that ldmatrix needs no swizzle; the output takes their stage.
+//         are padded to 272 B, so that ldmatrix needs no swizzle.
 // Regs    Q 32 + S 32, then P 16 + O 64. 16 warps x 128 are the whole register file.
 // Bound   per row and block 256 B read (L2), 264 B written (memory), 32.8 kFLOP. What limits is the
 //         consumers' chain of instructions: docs/kernels/selected_attn.md.
@@ -17,9 +17,9 @@
 #include "cuda/device/cache_hint_sm80.cuh"
 #include "cuda/device/copy_sm80.cuh"
 #include "cuda/device/mma_sm80.cuh"
-#include "cuda/device/tma_sm90.cuh"
 #include "cuda/device/wgmma_sm90.cuh"
 #include "cuda/selected_attn/selected_attn_fwd_args.cuh"
+#include "cuda/selected_attn/selected_attn_kv_sm90.cuh"
 
 namespace fsattn::selected {
 
@@ -95,32 +95,6 @@ __device__ __forceinline__ void announce_item(const FwdArgs& a, const WgmmaSmem<
   if (lane == 0) device::mbarrier_arrive(s.item_full(buffer));
 }
 
-// A part with fewer than 64 keys: what follows them in memory may belong to another sequence, so its
-// rows are zeroed. The whole warp copies; the layout is that of the copy engine.
-template <class T>
-__device__ __forceinline__ void load_short_part(const FwdArgs& a, const WgmmaSmem<T>& s,
-                                                const Item& item, int head, int buffer, int lane) {
-  constexpr int kChunks = T::kD / 8;
-  const auto load = [&](const Rows& rows, uint32_t tile) {
-    const char* first = static_cast<const char*>(rows.data) +
-                        (item.key_row * rows.token_stride + head * rows.head_stride) * 2;
-    for (int c = lane; c < T::kKeys * kChunks; c += kWarpSize) {
-      const int row = c / kChunks, chunk = c % kChunks;
-      const bool is_inside = row < item.num_keys;
-      const uint32_t to = tile + chunk / 8 * T::kPanelBytes + row * 128 + ((chunk ^ row) & 7) * 16;
-      device::cp_async_16(to, first + (is_inside ? row * rows.token_stride * 2 + chunk * 16 : 0),
-                          is_inside);
-    }
-  };
-  load(a.k, s.kv(buffer));
-  load(a.v, s.kv(buffer) + T::kTileBytes);
-  device::cp_async_commit();
-  device::cp_async_wait<0>();
-  device::fence_async_proxy();
-  __syncwarp();
-  if (lane == 0) device::mbarrier_arrive(s.kv_full(buffer));
-}
-
 template <class T>
 __device__ __forceinline__ void produce_items(const FwdArgs& a, const CUtensorMap* k_map,
                                               const CUtensorMap* v_map, const WgmmaSmem<T>& s,
@@ -138,16 +112,11 @@ __device__ __forceinline__ void produce_items(const FwdArgs& a, const CUtensorMa
     if (n >= T::kKvBuffers) device::mbarrier_wait(s.kv_empty(buffer), (n / T::kKvBuffers - 1) & 1);
     const int head = (a.space.first_segment + item.segment) / a.space.num_ranges;
     if (item.num_keys < T::kKeys) {
-      load_short_part<T>(a, s, item, head, buffer, lane);
+      load_short_part(a, s.kv(buffer), s.kv_full(buffer), item.key_row, item.num_keys, head, lane);
     } else if (lane == 0) {
       const uint32_t full = s.kv_full(buffer);
       device::mbarrier_arrive_expect(full, 2 * T::kTileBytes);
-      for (int panel = 0; panel < 2; ++panel) {
-        const uint32_t k_at = s.kv(buffer) + panel * T::kPanelBytes;
-        const int column = panel * device::kTmaColumns;
-        device::tma_load_3d(k_at, k_map, column, head, item.key_row, full, policy);
-        device::tma_load_3d(k_at + T::kTileBytes, v_map, column, head, item.key_row, full, policy);
-      }
+      load_part(s.kv(buffer), k_map, v_map, item.key_row, head, full, policy);
     }
     announce_item<T>(a, s, next, n + 1, lane);
     item = next;
@@ -273,36 +242,23 @@ __device__ __forceinline__ void softmax(float (&acc)[32], float scale_log2, floa
   }
 }
 
-// Normalised rows through the stage of the queries to the partial rows; frees the stage.
+// Normalised rows to the partial rows, in the order of partial_chunk().
 template <class T>
-__device__ __forceinline__ void write_tile(const FwdArgs& a, uint32_t here, uint32_t empty_bar,
-                                           const float (&o)[64], float scale0, float scale1,
-                                           int out_row, int lane) {
-  using Element = typename T::Element;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {  // 16 columns: two 8 x 8 column groups x two row halves
-    const float* x = o + j * 8;
-    device::stmatrix_x4(here + lane % 16 * T::kPitch + j * 32 + lane / 16 * 16,
-                        pack_average<Element>(x[0] * scale0, x[1] * scale0),
-                        pack_average<Element>(x[2] * scale1, x[3] * scale1),
-                        pack_average<Element>(x[4] * scale0, x[5] * scale0),
-                        pack_average<Element>(x[6] * scale1, x[7] * scale1));
-  }
-  __syncwarp();
-  uint4 chunk[T::kRows / 2];
-#pragma unroll
-  for (int i = 0; i < T::kRows / 2; ++i) {
-    chunk[i] = device::load_shared_u128(here + (2 * i + lane / 16) * T::kPitch + lane % 16 * 16);
-  }
-  __syncwarp();
-  if (lane == 0) device::mbarrier_arrive(empty_bar);
+__device__ __forceinline__ void write_tile(const FwdArgs& a, const float (&o)[64], float scale0,
+                                           float scale1, int out_row, int lane) {
   const uint64_t policy = device::l2_evict_first();
-  char* partial = static_cast<char*>(a.partial) + lane % 16 * 16;
+  char* partial = static_cast<char*>(a.partial) + lane % 4 * 16;
 #pragma unroll
-  for (int i = 0; i < T::kRows / 2; ++i) {
-    const int to = __shfl_sync(kFullMask, out_row, 2 * i + lane / 16);
-    if (to >= 0)
-      device::store_global_u128_hint(partial + int64_t{to} * T::kRowBytes, chunk[i], policy);
+  for (int half = 0; half < 2; ++half) {
+    const int to = __shfl_sync(kFullMask, out_row, half * 8 + lane / 4);
+    if (to < 0) continue;
+    char* row = partial + int64_t{to} * T::kRowBytes;
+    const float scale = half == 0 ? scale0 : scale1;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      device::store_global_u128_hint(
+          row + k * 64, fragment_chunk<typename T::Element>(o, k, half, scale), policy);
+    }
   }
 }
 
@@ -317,14 +273,18 @@ __device__ __forceinline__ void consume_tile(const FwdArgs& a, const WgmmaSmem<T
   device::mbarrier_wait(s.q_full(group, ring.stage), ring.parity);
   float acc[32];
   start_scores<T>(here, kv, lane, acc);
+  __syncwarp();  // the queries are in registers
+  if (lane == 0) device::mbarrier_arrive(s.q_empty(group, ring.stage));
   // Meanwhile: where the rows go (lane r owns row r), and how far they see.
   const int row = tile * T::kTileRows + row0 + lane;
   int out_row = -1, limit = item.num_keys - 1;
   if (lane < T::kRows && row < at.num_rows) {
     const int e = a.space.group_div.quotient(row), entry = entries[e];
     const int token = a.space.topk_div.quotient(entry);
-    out_row = at.partial_row(a.space, token, a.space.topk_div.remainder(entry, token),
-                             a.space.group_div.remainder(row, e));
+    const int slot = at.partial_slot(a.space, token, a.space.topk_div.remainder(entry, token));
+    const int h = a.space.group_div.remainder(row, e);
+    out_row = slot * a.space.group + h;
+    if (a.marks != nullptr && h == 0) a.marks[slot] = 1;
     limit = min(token - item.diag_token, limit);
   }
   const bool is_masked = __any_sync(kFullMask, limit < T::kKeys - 1);
@@ -350,8 +310,7 @@ __device__ __forceinline__ void consume_tile(const FwdArgs& a, const WgmmaSmem<T
                        __shfl_sync(kFullMask, total1, owner)};
   if (out_row >= 0) __stcs(a.partial_stats + out_row, lane < 8 ? low : high);
   device::wgmma_wait();
-  write_tile<T>(a, here, s.q_empty(group, ring.stage), o, __fdividef(1.f, total0),
-                __fdividef(1.f, total1), out_row, lane);
+  write_tile<T>(a, o, __fdividef(1.f, total0), __fdividef(1.f, total1), out_row, lane);
 }
 
 // Where a consumer warp stands in the tiles that are dealt out over all items.

@@ -5,6 +5,7 @@
 #include "cuda/selected_attn/selected_attn_fwd_block_major_sm80.cuh"
 #include "cuda/selected_attn/selected_attn_fwd_block_major_sm90.cuh"
 #include "cuda/selected_attn/selected_attn_fwd_query_major_sm80.cuh"
+#include "cuda/selected_attn/selected_attn_fwd_tiles_sm90.cuh"
 #include "cuda/selected_attn/selected_attn_merge.cuh"
 
 namespace fsattn {
@@ -28,45 +29,187 @@ inline FwdArgs make_fwd_args(const SelectedAttnFwdParams& params, const Selected
   a.scale_log2 = static_cast<float>(t.shape.softmax_scale) * device::kLog2E;
   a.partial = scratch + layout.partial;
   a.partial_stats = reinterpret_cast<float2*>(scratch + layout.partial_stats);
+  a.marks = layout.marks_bytes == 0 ? nullptr : reinterpret_cast<uint8_t*>(scratch + layout.marks);
   return a;
+}
+
+inline TileArgs make_tile_args(const SelectedShape& shape, const SelectedFwdLayout& layout,
+                               const Packing& packing, const SelectedMask& mask, char* scratch) {
+  const SelectedTiles& tiles = layout.tiles;
+  TileArgs a{};
+  a.packing = packing;
+  a.mask = mask;
+  a.topk_div = FastDiv(shape.topk);
+  a.queries_div = FastDiv(tiles.queries);
+  a.bits = static_cast<int>(tiles.bits);
+  a.queries = static_cast<int>(tiles.queries);
+  a.min_queries = static_cast<int>(tiles.min_queries);
+  a.capacity = static_cast<int>(tiles.capacity);
+  a.entry_ints = static_cast<int>(tiles.entry_ints());
+  a.unit = static_cast<int>(tiles.unit);
+  a.per_unit = static_cast<int>(tiles.per_unit);
+  a.num_units = static_cast<int>(tiles.num_units);
+  const int64_t blocks = ceil_div<int64_t>(shape.total_k, kSelectedTileKeys);
+  a.window = static_cast<int>(std::clamp<int64_t>(blocks, 1, kSortBlocks));
+  a.tail = reinterpret_cast<int32_t*>(scratch + layout.tail);
+  a.counts = reinterpret_cast<int32_t*>(scratch + layout.tile_counts);
+  a.lists = reinterpret_cast<int32_t*>(scratch + layout.tile_lists);
+  a.range = static_cast<int>(layout.split.range);
+  a.num_ranges = static_cast<int>(layout.split.num_ranges);
+  a.segments_per_launch = static_cast<int>(layout.split.segments_per_launch);
+  a.max_tiles = static_cast<int>(layout.max_tiles);
+  a.items = reinterpret_cast<TileItem*>(scratch + layout.tile_items);
+  a.item_counts = reinterpret_cast<int*>(scratch + layout.tile_item_counts);
+  return a;
+}
+
+inline void launch_sort(const TileArgs& a, int64_t heads_kv, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(a.num_units), static_cast<unsigned>(heads_kv));
+  const int bytes = a.window * 8 + a.per_unit * a.capacity * 4;
+  selected_attn_sort_kernel<kSortThreads><<<grid, kSortThreads, bytes, stream>>>(a);
+}
+
+inline void launch_tiles(const TileArgs& a, int64_t num_segments, cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>(num_segments);
+  selected_attn_tiles_kernel<kTileThreads><<<grid, kTileThreads, 0, stream>>>(a);
+}
+
+template <SelectedAttnFwdConfig kConfig, bool kHasMarks, bool kIsShort>
+void launch_merge(const FwdArgs& a, cudaStream_t stream) {
+  using Element = device::ElementOf<kConfig.dtype>;
+  constexpr int kLanes = kConfig.head_dim_v / 8;
+  constexpr bool kIsFragments = kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma;
+  const auto rows = static_cast<unsigned>(a.space.range * a.space.group);
+  const dim3 grid(ceil_div(rows, static_cast<unsigned>(kMergeThreads / kLanes)),
+                  static_cast<unsigned>(a.list.num_segments));
+  selected_attn_merge_kernel<Element, kLanes, kIsFragments, kHasMarks, kIsShort>
+      <<<grid, kMergeThreads, 0, stream>>>(a);
 }
 
 template <SelectedAttnFwdConfig kConfig>
 void launch_merge(const FwdArgs& a, cudaStream_t stream) {
-  using Element = device::ElementOf<kConfig.dtype>;
-  constexpr int kLanes = kConfig.head_dim_v / 8;
-  const auto rows = static_cast<unsigned>(a.space.range * a.space.group);
-  const dim3 grid(ceil_div(rows, static_cast<unsigned>(kMergeThreads / kLanes)),
-                  static_cast<unsigned>(a.list.num_segments));
-  selected_attn_merge_kernel<Element, kLanes><<<grid, kMergeThreads, 0, stream>>>(a);
+  const bool is_short = a.space.partials <= kWarpSize;
+  if constexpr (kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) {
+    if (a.marks != nullptr) {
+      is_short ? launch_merge<kConfig, true, true>(a, stream)
+               : launch_merge<kConfig, true, false>(a, stream);
+      return;
+    }
+  }
+  is_short ? launch_merge<kConfig, false, true>(a, stream)
+           : launch_merge<kConfig, false, false>(a, stream);
 }
 
-// The main kernel of a row: how many CTAs of it the device holds, and its launch.
+// What computes the partial rows of a launch.
 template <SelectedAttnFwdConfig kConfig>
-struct MainKernel {
+class MainKernel {
   using T = FwdTraits<kConfig>;
 
-  static int num_ctas(const SelectedSplit& split) {
-    return resident_ctas(selected_attn_fwd_block_major_kernel<T>, T::kThreads,
-                         T::smem_bytes(static_cast<int>(split.segments_per_launch)));
+ public:
+  MainKernel(const SelectedAttnFwdParams&, const SelectedShape&, const SelectedFwdLayout& layout,
+             char*)
+      : num_warps_(choose_warps(layout.split.segments_per_launch)),
+        num_ctas_(resident_ctas(selected_attn_fwd_block_major_kernel<T>, num_warps_ * kWarpSize,
+                                smem_bytes(layout.split.segments_per_launch))) {}
+  static int64_t num_partials(const SelectedSplit& split, int64_t topk) {
+    return topk * split.splits;
   }
-  explicit MainKernel(const SelectedAttnFwdParams&) {}
-  void launch(const FwdArgs& a, int num_ctas, cudaStream_t stream) const {
-    const int bytes = T::smem_bytes(a.list.num_segments);
-    selected_attn_fwd_block_major_kernel<T><<<num_ctas, T::kThreads, bytes, stream>>>(a);
+  static bool has_marks() { return false; }
+  BlockIndexView index(const SelectedAttnFwdParams& params, const SelectedShape& shape,
+                       const SelectedFwdLayout& layout, char* scratch, Stream stream) const {
+    return make_index(shape, params.attn.packing, params.mask, layout.index, scratch, stream);
   }
+  void build(int64_t, int64_t, cudaStream_t) {}
+  void launch(const FwdArgs& a, int64_t, cudaStream_t stream) const {
+    const int bytes = smem_bytes(a.list.num_segments), threads = num_warps_ * kWarpSize;
+    selected_attn_fwd_block_major_kernel<T><<<num_ctas_, threads, bytes, stream>>>(a);
+  }
+
+ private:
+  int smem_bytes(int64_t segments) const {
+    return T::smem_bytes(num_warps_, static_cast<int>(segments));
+  }
+  // All of them, or half where the shared memory of a CTA does not hold the queries of all.
+  static int choose_warps(int64_t segments) {
+    int device = 0, limit = 0;
+    FSATTN_CUDA_CHECK(cudaGetDevice(&device));
+    FSATTN_CUDA_CHECK(
+        cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return T::smem_bytes(T::kWarps, static_cast<int>(segments)) <= limit ? T::kWarps
+                                                                         : T::kWarps / 2;
+  }
+
+  int num_warps_, num_ctas_;
 };
 
+// With wgmma: the block-major kernel for what the popular blocks of the query tiles leave, and the
+// query-stationary kernel for those.
 template <SelectedAttnFwdConfig kConfig>
-requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) struct MainKernel<kConfig> {
+requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) class MainKernel<kConfig> {
   using T = WgmmaTraits<kConfig>;
+  using Tile = TileTraits<kConfig>;
 
-  static int num_ctas(const SelectedSplit& split) {
-    return resident_ctas(selected_attn_fwd_block_major_wgmma_kernel<T>, T::kThreads,
-                         T::smem_bytes(static_cast<int>(split.segments_per_launch)));
+ public:
+  MainKernel(const SelectedAttnFwdParams& params, const SelectedShape& shape,
+             const SelectedFwdLayout& layout, char* scratch)
+      : k_map_(make_map(params, params.attn.k)),
+        v_map_(make_map(params, params.attn.v)),
+        num_ctas_(resident_ctas(selected_attn_fwd_block_major_wgmma_kernel<T>, T::kThreads,
+                                T::smem_bytes(static_cast<int>(layout.split.segments_per_launch)))),
+        has_tiles_(shape.has_tiles()) {
+    if (!has_tiles_) return;
+    const SelectedTiles& tiles = layout.tiles;
+    q_map_ = device::make_rows_map(params.attn.q, kConfig.dtype, shape.total_q, shape.num_heads_q,
+                                   T::kD, static_cast<int>(tiles.queries / Tile::kGroups),
+                                   static_cast<int>(shape.group_size()));
+    tile_smem_bytes_ = Tile::smem_bytes(tiles);
+    tile_ctas_ =
+        resident_ctas(selected_attn_fwd_tiles_kernel<Tile>, Tile::kThreads, tile_smem_bytes_);
+    tiles_ = make_tile_args(shape, layout, params.attn.packing, params.mask, scratch);
+    tile_counters_ = reinterpret_cast<int*>(scratch + layout.counters) + layout.split.num_launches;
   }
-  explicit MainKernel(const SelectedAttnFwdParams& params)
-      : k_map(make_map(params, params.attn.k)), v_map(make_map(params, params.attn.v)) {}
+  static int64_t num_partials(const SelectedSplit& split, int64_t) { return split.partials; }
+  bool has_marks() const { return has_tiles_; }
+
+  // Of what the tiles leave, so a block index of the caller's does not serve.
+  BlockIndexView index(const SelectedAttnFwdParams& params, SelectedShape shape,
+                       const SelectedFwdLayout& layout, char* scratch, Stream stream) const {
+    SelectedMask mask = params.mask;
+    if (has_tiles_) {
+      launch_sort(tiles_, shape.num_heads_kv, static_cast<cudaStream_t>(stream));
+      mask.topk_idx = tiles_.tail;
+      mask.token_stride = shape.topk;
+      mask.head_stride = shape.total_q * shape.topk;
+      shape.has_block_index = false;
+    }
+    return make_index(shape, params.attn.packing, mask, layout.index, scratch, stream);
+  }
+  // The work of the segments of some launches.
+  void build(int64_t first_segment, int64_t num_segments, cudaStream_t stream) {
+    if (!has_tiles_) return;
+    tiles_.first_segment = static_cast<int>(first_segment);
+    launch_tiles(tiles_, num_segments, stream);
+  }
+  // `in_build`: segments of the build before those of the launch.
+  void launch(const FwdArgs& a, int64_t in_build, cudaStream_t stream) {
+    const int bytes = T::smem_bytes(a.list.num_segments);
+    selected_attn_fwd_block_major_wgmma_kernel<T>
+        <<<num_ctas_, T::kThreads, bytes, stream>>>(a, k_map_, v_map_);
+    if (!has_tiles_) return;
+    const TileFwdArgs tile_args{
+        a,
+        {tiles_.items + in_build * tiles_.max_tiles, tiles_.item_counts + in_build,
+          tile_counters_++, tiles_.max_tiles, a.list.num_segments},
+        tiles_.lists,
+        tiles_.queries,
+        tiles_.capacity,
+        tiles_.entry_ints
+    };
+    selected_attn_fwd_tiles_kernel<Tile><<<tile_ctas_, Tile::kThreads, tile_smem_bytes_, stream>>>(
+        tile_args, q_map_, k_map_, v_map_);
+  }
+
+ private:
   static CUtensorMap make_map(const SelectedAttnFwdParams& params, Rows rows) {
     // Without keys no box is ever read, but a map needs an address and a size.
     const int64_t tokens = std::max<int64_t>(1, params.attn.packing.total_k);
@@ -74,14 +217,22 @@ requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) struct MainKe
     return device::make_rows_map(rows, kConfig.dtype, tokens, params.attn.shape.num_heads_kv, T::kD,
                                  T::kKeys);
   }
-  void launch(const FwdArgs& a, int num_ctas, cudaStream_t stream) const {
-    const int bytes = T::smem_bytes(a.list.num_segments);
-    selected_attn_fwd_block_major_wgmma_kernel<T>
-        <<<num_ctas, T::kThreads, bytes, stream>>>(a, k_map, v_map);
-  }
 
-  CUtensorMap k_map, v_map;
+  CUtensorMap k_map_, v_map_;
+  int num_ctas_;
+  bool has_tiles_;
+  CUtensorMap q_map_{};
+  int tile_ctas_ = 0, tile_smem_bytes_ = 0;
+  TileArgs tiles_{};
+  int* tile_counters_ = nullptr;  // of the next launch
 };
+
+// No row of the launch is written yet.
+inline void clear_stats(const FwdArgs& a, const SelectedSplit& split, cudaStream_t stream) {
+  const int64_t rows = a.list.num_segments * split.range * a.space.partials * a.space.group;
+  const size_t bytes = static_cast<size_t>(rows) * sizeof(float2);
+  FSATTN_CUDA_CHECK(cudaMemsetAsync(a.partial_stats, 0xff, bytes, stream));
+}
 
 template <SelectedAttnFwdConfig kConfig>
 void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
@@ -92,22 +243,21 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
   assert_addressable(params.attn.q, shape.total_q, shape.num_heads_q);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   char* scratch = static_cast<char*>(params.scratch.data);
-  const BlockIndexView index =
-      make_index(shape, params.attn.packing, params.mask, layout.index, scratch, stream);
+  MainKernel<kConfig> main_kernel(params, shape, layout, scratch);
+  const BlockIndexView index = main_kernel.index(params, shape, layout, scratch, stream);
   ItemArgs build = make_item_args(shape, split, params.attn.packing, index);
   build.items = reinterpret_cast<Item*>(scratch + layout.items);
   build.item_counts = reinterpret_cast<int*>(scratch + layout.item_counts);
   FwdArgs a = make_fwd_args(params, shape, layout, scratch);
   a.entries = index.entry;
+  a.space.partials = static_cast<int>(main_kernel.num_partials(split, shape.topk));
+  if (!main_kernel.has_marks()) a.marks = nullptr;
+  if (a.marks != nullptr) {
+    FSATTN_CUDA_CHECK(cudaMemsetAsync(a.marks, 0, layout.marks_bytes, cuda_stream));
+  }
   int* counters = reinterpret_cast<int*>(scratch + layout.counters);
-  const size_t counter_bytes = static_cast<size_t>(split.num_launches) * sizeof(int);
+  const size_t counter_bytes = static_cast<size_t>(split.num_launches) * 2 * sizeof(int);
   FSATTN_CUDA_CHECK(cudaMemsetAsync(counters, 0, counter_bytes, cuda_stream));
-  // No partial row is written yet; the merge of each launch leaves them so for the next.
-  const int64_t rows = split.rows_per_launch(shape.group_size());
-  const size_t stats_bytes = static_cast<size_t>(rows) * sizeof(float2);
-  FSATTN_CUDA_CHECK(cudaMemsetAsync(a.partial_stats, 0xff, stats_bytes, cuda_stream));
-  const MainKernel<kConfig> main_kernel(params);
-  const int num_ctas = main_kernel.num_ctas(split);
 
   for (int64_t launch = 0; launch < split.num_launches; ++launch) {
     const int64_t first = launch * split.segments_per_launch;
@@ -116,6 +266,7 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
       build.first_segment = static_cast<int>(first);
       const int64_t count = std::min(split.segments_per_build(), split.num_segments - first);
       launch_items(build, count, cuda_stream);
+      main_kernel.build(first, count, cuda_stream);
     }
     a.space.first_segment = static_cast<int>(first);
     a.list.items = build.items + in_build * split.item_capacity;
@@ -123,9 +274,11 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
     a.list.counter = counters + launch;
     a.list.num_segments =
         static_cast<int>(std::min(split.segments_per_launch, split.num_segments - first));
-    main_kernel.launch(a, num_ctas, cuda_stream);
+    if (a.marks == nullptr) clear_stats(a, split, cuda_stream);
+    main_kernel.launch(a, in_build, cuda_stream);
     launch_merge<kConfig>(a, cuda_stream);
     FSATTN_CUDA_CHECK(cudaGetLastError());
+    if (a.marks != nullptr) a.marks += split.slots_per_launch();
   }
 }
 

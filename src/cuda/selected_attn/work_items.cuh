@@ -130,16 +130,19 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The items of one launch, as a main kernel sees them.
-struct ItemList {
-  const Item* items;       // [segments, capacity]
+template <class T>
+struct ItemListOf {
+  const T* items;          // [segments, capacity]
   const int* item_counts;  // [segments]
   int* counter;            // items handed out beyond the first of every CTA; zero before the launch
   int capacity;
   int num_segments;
 };
+using ItemList = ItemListOf<Item>;
 
 // One warp fills prefix[0 .. num_segments] with the exclusive prefix sum of the item counts.
-__device__ __forceinline__ void load_item_prefix(const ItemList& list, int* prefix, int lane) {
+template <class T>
+__device__ __forceinline__ void load_item_prefix(const ItemListOf<T>& list, int* prefix, int lane) {
   int base = 0;
   for (int s0 = 0; s0 < list.num_segments; s0 += kWarpSize) {
     const int segment = s0 + lane;
@@ -152,8 +155,9 @@ __device__ __forceinline__ void load_item_prefix(const ItemList& list, int* pref
 }
 
 // Item number `i` of the launch; count = 0 past the end.
-__device__ __forceinline__ Item fetch_item(const ItemList& list, const int* prefix, int i) {
-  Item item{};
+template <class T>
+__device__ __forceinline__ T fetch_item(const ItemListOf<T>& list, const int* prefix, int i) {
+  T item{};
   if (i >= prefix[list.num_segments]) return item;
   int low = 0, high = list.num_segments;  // prefix[low] <= i < prefix[high]
   while (high - low > 1) {
@@ -164,7 +168,7 @@ __device__ __forceinline__ Item fetch_item(const ItemList& list, const int* pref
       high = middle;
     }
   }
-  const Item* from = list.items + int64_t{low} * list.capacity + (i - prefix[low]);
+  const T* from = list.items + int64_t{low} * list.capacity + (i - prefix[low]);
   auto* to = reinterpret_cast<int4*>(&item);
   to[0] = __ldg(reinterpret_cast<const int4*>(from));
   to[1] = __ldg(reinterpret_cast<const int4*>(from) + 1);
@@ -187,7 +191,7 @@ struct RowSpace {
 struct ItemRows {
   int kv_head;
   int first_token;
-  int partial_row0;  // of the segment, in the partial buffer of the launch
+  int partial_slot0;  // of the segment, in the partial buffer of the launch
   int split;
   int num_rows;
 
@@ -196,15 +200,18 @@ struct ItemRows {
     const int segment = space.first_segment + item.segment;
     kv_head = segment / space.num_ranges;
     first_token = (segment - kv_head * space.num_ranges) * space.range;
-    partial_row0 = item.segment * space.range * space.partials * space.group;
+    partial_slot0 = item.segment * space.range * space.partials;
     split = item.split;
     num_rows = item.count * space.group;
   }
   // The partial row of head `h` of (query token, place in its row of topk_idx).
   __device__ __forceinline__ int partial_row(const RowSpace& space, int token, int place,
                                              int h) const {
-    const int slot = (token - first_token) * space.partials + place * space.splits + split;
-    return partial_row0 + slot * space.group + h;
+    return partial_slot(space, token, place) * space.group + h;
+  }
+  // The same without the heads.
+  __device__ __forceinline__ int partial_slot(const RowSpace& space, int token, int place) const {
+    return partial_slot0 + (token - first_token) * space.partials + place * space.splits + split;
   }
 };
 

@@ -1,0 +1,238 @@
+// selected_attn_tiles: finds the popular blocks of every tile of queries (plan/selected_tiles.h).
+//
+// Math    block b of a tile is popular iff at least min_queries of its queries have b in their rows of
+//         topk_idx and may see it. Its list holds the popular blocks in ascending order, each with the
+//         set of the queries that want it; tail[h, t, j] is topk_idx[h, t, j], or -1 where the list
+//         of t's tile has that block, t may not see it, or an earlier place has it too.
+// Tiles   grid (units, Hkv), 128 threads. A unit is the one to sixteen tiles whose sets fit in 64 bits;
+//         units are numbered like block slots.
+// Order   bits are or-ed; the first query of a set speaks for its block, and a block's place in a list
+//         is the number of lower ones: no order of the atomics can show.
+// Memory  a bit set of the unit's queries for up to 2048 blocks; longer sequences take windows.
+// Bound   memory: topk_idx is read twice (once from the L1), tail written once.
+#pragma once
+#include "cuda/device/fast_div.cuh"
+#include "cuda/device/packing.cuh"
+#include "cuda/device/scan.cuh"
+#include "params/attention.h"
+#include "plan/selected_attn_table.h"
+
+namespace fsattn::selected {
+
+// Work of the query-stationary kernel: a tile and the queries of it that belong to the segment.
+struct alignas(16) TileItem {
+  int list;     // of popular blocks, counted over all KV heads
+  int count;    // blocks in it; 0 marks the end of all work
+  int segment;  // counted from the first one of the launch
+  int first_token;
+  int num_queries;
+  int position;            // of the first query
+  int key_begin, key_end;  // of the sequence, rows of k and v
+};
+static_assert(sizeof(TileItem) == kSelectedItemBytes);
+
+struct TileArgs {
+  Packing packing;
+  SelectedMask mask;
+  FastDiv topk_div, queries_div;
+  int queries, bits, min_queries, capacity, entry_ints, unit, per_unit, num_units;
+  int window;       // blocks whose sets fit in shared memory
+  int32_t* tail;    // [Hkv, total_q, topk]
+  int32_t* counts;  // [Hkv, tiles] lengths of the lists
+  int32_t* lists;   // [Hkv, tiles, capacity, entry_ints]: block, set of queries
+  // Of the tiles kernel.
+  int range, num_ranges, first_segment, segments_per_launch, max_tiles;
+  TileItem* items;   // [segments of the build, max_tiles]
+  int* item_counts;  // [segments of the build]
+};
+
+// A unit's queries and what they may see.
+struct Unit {
+  int first_token;
+  int num_queries;  // 0 when the slot is empty
+  int64_t position;
+  device::KeyRange keys;
+
+  __device__ int num_blocks(int query) const {  // that a query may see
+    const int64_t last = min(position + query, int64_t{keys.end} - keys.begin - 1);
+    return last < 0 ? 0 : static_cast<int>(last / kSelectedTileKeys) + 1;
+  }
+};
+
+__device__ __forceinline__ Unit find_unit(const TileArgs& a, int number) {
+  const Packing& packing = a.packing;
+  const int batch = static_cast<int>(packing.batch), total = static_cast<int>(packing.total_q);
+  const int seq = device::find_slot_sequence(packing.cu_q, batch, number, a.unit);
+  const int begin = __ldg(packing.cu_q + seq), end = min(__ldg(packing.cu_q + seq + 1), total);
+  Unit u{};
+  const int64_t first =
+      begin + (number - first_block_slot(begin, seq, a.unit)) * static_cast<int64_t>(a.unit);
+  if (first < max(begin, 0) || first >= end) return u;
+  u.first_token = static_cast<int>(first);
+  u.num_queries = min(a.unit, end - u.first_token);
+  u.position = first + device::position_shift(packing, seq);
+  u.keys = device::find_keys(packing, seq);
+  return u;
+}
+
+inline constexpr int kSortThreads = 128;
+inline constexpr int kSortBlocks = 2048;  // of a window, at most
+
+// What a CTA has of the blocks of one window.
+struct SortWindow {
+  uint64_t* sets;  // [blocks] of the unit's queries
+  int* found;      // [tiles, capacity] popular blocks in no order
+  int* num_found;  // [tiles]
+};
+
+// The queries of one tile that want a block.
+__device__ __forceinline__ uint64_t tile_set(const TileArgs& a, const SortWindow& s, int block,
+                                             int tile) {
+  return s.sets[block] << (64 - a.bits - tile * a.bits) >> (64 - a.bits);
+}
+
+// Writes the found blocks of all tiles to their lists, behind what is there.
+__device__ __forceinline__ void list_found(const TileArgs& a, const SortWindow& s, int first_block,
+                                           int first_tile, const int* list_sizes) {
+  for (int i = threadIdx.x; i < a.per_unit * a.capacity; i += kSortThreads) {
+    const int tile = i / a.capacity, count = s.num_found[tile];
+    if (i - tile * a.capacity >= count) continue;
+    const int block = s.found[i];
+    int rank = list_sizes[tile];
+    for (int j = 0; j < count; ++j) rank += s.found[tile * a.capacity + j] < block;
+    int32_t* to = a.lists + (int64_t{first_tile + tile} * a.capacity + rank) * a.entry_ints;
+    const uint64_t set = tile_set(a, s, block, tile);
+    to[0] = first_block + block;
+    to[1] = static_cast<int32_t>(set);
+    if (a.entry_ints == 3) to[2] = static_cast<int32_t>(set >> 32);
+  }
+}
+
+// Whether an earlier place of the query's row has the same id.
+__device__ __forceinline__ bool is_repeat(const TileArgs& a, const int32_t* ids, int pick,
+                                          int query) {
+  const int32_t* row = ids + query * a.mask.token_stride;
+  const int place = a.topk_div.remainder(pick, query), id = __ldg(row + place);
+#pragma unroll 1
+  for (int j = 0; j < place; ++j) {
+    if (__ldg(row + j) == id) return true;
+  }
+  return false;
+}
+
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    selected_attn_sort_kernel(const __grid_constant__ TileArgs a) {
+  static_assert(kThreads == kSortThreads);
+  extern __shared__ __align__(1024) unsigned char smem[];
+  __shared__ int list_sizes[16], num_found[16], has_repeats;
+  auto* sets = reinterpret_cast<uint64_t*>(smem);
+  const SortWindow s{sets, reinterpret_cast<int*>(sets + a.window), num_found};
+  const int head = blockIdx.y, topk = static_cast<int>(a.mask.topk);
+  const Unit unit = find_unit(a, blockIdx.x);
+  const int first_tile = (head * a.num_units + blockIdx.x) * a.per_unit;
+  const int num_blocks = unit.num_queries == 0 ? 0 : unit.num_blocks(unit.num_queries - 1);
+  const int num_picks = unit.num_queries * topk;
+  const int32_t* ids =
+      a.mask.topk_idx + head * a.mask.head_stride + unit.first_token * a.mask.token_stride;
+  int32_t* tail = a.tail + (head * a.packing.total_q + unit.first_token) * topk;
+  if (threadIdx.x < 16) list_sizes[threadIdx.x] = num_found[threadIdx.x] = 0;
+  for (int begin = 0; begin == 0 || begin < num_blocks; begin += a.window) {
+    const int window = min(a.window, num_blocks - begin);
+    for (int i = threadIdx.x; i < window; i += kThreads) sets[i] = 0;
+    if (threadIdx.x == 0) has_repeats = 0;
+    __syncthreads();
+    // Calls f(pick, query, block in the window, or -1).
+    const auto for_picks = [&](const auto& f) {
+#pragma unroll 1
+      for (int pick = threadIdx.x; pick < num_picks; pick += kThreads) {
+        const int query = a.topk_div.quotient(pick), place = a.topk_div.remainder(pick, query);
+        const int id = __ldg(ids + query * a.mask.token_stride + place);
+        const bool is_inside = id >= begin && id < begin + window && id < unit.num_blocks(query);
+        f(pick, query, is_inside ? id - begin : -1);
+      }
+    };
+    for_picks([&](int, int query, int block) {
+      if (block < 0) return;
+      const int tile = a.queries_div.quotient(query);
+      const int at = tile * a.bits + a.queries_div.remainder(query, tile);
+      const uint32_t bit = 1u << (at % 32);
+      const uint32_t before = atomicOr(reinterpret_cast<uint32_t*>(sets + block) + at / 32, bit);
+      if (before & bit) has_repeats = 1;
+    });
+    __syncthreads();
+    for_picks([&](int pick, int query, int block) {
+      if (block < 0) {
+        if (begin == 0) tail[pick] = -1;  // a later window may know better
+        return;
+      }
+      const int tile = a.queries_div.quotient(query);
+      const uint64_t set = tile_set(a, s, block, tile);
+      const bool is_popular = __popcll(set) >= a.min_queries;
+      const bool is_extra = has_repeats && is_repeat(a, ids, pick, query);
+      tail[pick] = is_popular || is_extra ? -1 : begin + block;
+      const int first = __ffsll(static_cast<long long>(set)) - 1;
+      if (is_popular && !is_extra && first == a.queries_div.remainder(query, tile)) {
+        s.found[tile * a.capacity + atomicAdd(&num_found[tile], 1)] = block;
+      }
+    });
+    __syncthreads();
+    list_found(a, s, begin, first_tile, list_sizes);
+    __syncthreads();
+    if (threadIdx.x < a.per_unit) {
+      list_sizes[threadIdx.x] += num_found[threadIdx.x];
+      num_found[threadIdx.x] = 0;
+    }
+  }
+  if (threadIdx.x < a.per_unit) a.counts[first_tile + threadIdx.x] = list_sizes[threadIdx.x];
+}
+
+inline constexpr int kTileThreads = 256;
+
+// Grid (segments of the build): the tiles with popular blocks that reach into each segment.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    selected_attn_tiles_kernel(const __grid_constant__ TileArgs a) {
+  __shared__ int warp_sums[device::kWarpSize];
+  const Packing& packing = a.packing;
+  const int segment = a.first_segment + blockIdx.x, head = segment / a.num_ranges;
+  const int first_token = (segment - head * a.num_ranges) * a.range;
+  const int last_token = min(first_token + a.range, static_cast<int>(packing.total_q)) - 1;
+  const auto unit_of = [&](int token) {
+    const int batch = static_cast<int>(packing.batch);
+    const int seq = min(device::find_sequence(packing.cu_q, batch, token), batch - 1);
+    const int begin = __ldg(packing.cu_q + seq);
+    const int64_t unit = first_block_slot(begin, seq, a.unit) + (token - begin) / a.unit;
+    return static_cast<int>(min(max(unit, int64_t{0}), int64_t{a.num_units} - 1));
+  };
+  const int first_tile = unit_of(first_token) * a.per_unit;
+  const int end_tile = min((unit_of(last_token) + 1) * a.per_unit, first_tile + a.max_tiles);
+  TileItem* items = a.items + int64_t{blockIdx.x} * a.max_tiles;
+  int base = 0;
+  for (int t0 = first_tile; t0 < end_tile; t0 += kThreads) {
+    const int tile = t0 + threadIdx.x;
+    TileItem item{};
+    if (tile < end_tile) {
+      const int number = tile / a.per_unit, before = tile % a.per_unit * a.queries;
+      const Unit unit = find_unit(a, number);
+      item.list = head * a.num_units * a.per_unit + tile;
+      item.first_token = unit.first_token + before;
+      item.num_queries = min(unit.num_queries - before, a.queries);
+      const bool is_inside = item.num_queries > 0 && item.first_token <= last_token &&
+                             item.first_token + item.num_queries > first_token;
+      item.count = is_inside ? a.counts[item.list] : 0;
+      item.segment = static_cast<int>(blockIdx.x) % a.segments_per_launch;
+      constexpr int64_t kFar = int64_t{1} << 30;  // behind all keys
+      item.position = static_cast<int>(min(max(unit.position + before, -kFar), kFar));
+      item.key_begin = unit.keys.begin;
+      item.key_end = unit.keys.end;
+    }
+    int total;
+    const int at = base + device::cta_exclusive_scan(item.count > 0, warp_sums, total);
+    if (item.count > 0) items[at] = item;
+    base += total;
+  }
+  if (threadIdx.x == 0) a.item_counts[blockIdx.x] = base;
+}
+
+}  // namespace fsattn::selected
