@@ -337,6 +337,7 @@ __device__ __forceinline__ bool consume_item(const FwdArgs& a, const WgmmaSmem<T
                     row0, lane);
   }
   cursor.first_tile = tile - num_tiles;
+  __syncwarp();  // all lanes are done with the entries
   if (lane == 0) device::mbarrier_arrive(s.kv_empty(kBuffer));
   return true;
 }

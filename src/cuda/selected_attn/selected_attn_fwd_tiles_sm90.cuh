@@ -285,7 +285,8 @@ struct TileConsumer {
       if (is_moved) Softmax::rescale(as_fragments(o)[0], keep);
       softmax.pack(prob[0], as_fragments(acc)[0]);
     }
-    if (lane == 0) device::mbarrier_arrive(s.q_empty(buffer));  // all scores are done
+    __syncwarp();  // all scores are done, and all lanes with the list
+    if (lane == 0) device::mbarrier_arrive(s.q_empty(buffer));
     issue_output(num_blocks, prob, o);
     device::wgmma_wait_group<0>();
     device::pin_registers(o);
