@@ -29,13 +29,15 @@ __device__ __forceinline__ void mask_scores(float (&s)[kM][kN][4], const device:
 #pragma unroll
   for (int i = 0; i < 2 * kM; ++i) {
     const int t = position + i * 8 + lane / 4;
-    const int low = band.first_key(t) - first_key;
-    const int high = min(band.last_key(t), work.num_keys - 1) - first_key;
+    // Relative to the lane's first key, so that the others are compared with constants.
+    const int lane_key = first_key + lane % 4 * 2;
+    const int low = band.first_key(t) - lane_key;
+    const int high = min(band.last_key(t), work.num_keys - 1) - lane_key;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int key = n * 8 + lane % 4 * 2 + e;
+        const int key = n * 8 + e;
         if (key < low || key > high) s[i / 2][n][i % 2 * 2 + e] = -INFINITY;
       }
     }
