@@ -67,7 +67,7 @@ sanitize_kernels() {
     "test_device_mma" "test_device_util" "test_device_sm90 sm90"
     "test_dense_attn tiny" "test_dense_attn sm90 tiny"
     "test_select_blocks lengths" "test_decode ragged"
-    "test_selected_fwd hostile" "test_selected_fwd sm90a hostile" "test_selected_bwd hostile")
+    "test_selected_fwd hostile" "test_selected_bwd hostile")
   for program in "${programs[@]}"; do
     [[ $1 == racecheck && $program == test_dense_attn* ]] && continue
     echo "-- $program"
