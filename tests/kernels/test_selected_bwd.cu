@@ -178,12 +178,18 @@ int main(int argc, char** argv) {
   CUDA_OK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
   const Arch arch = major == 9 ? Arch::kSm90a : Arch::kSm80;
   const std::string only = argc > 1 ? argv[1] : "";
+  bool is_known = false;
   int i = 0;
   for (const Case& c : kCases) {
     ++i;
     if (!only.empty() && only != c.name) continue;
+    is_known = true;
     check<__nv_bfloat16>(c, arch, i % 2 == 0, i % 3 == 0);
     check<__half>(c, arch, i % 3 == 1, i % 4 == 1);
+  }
+  if (!is_known) {
+    std::printf("%s: no such case\n", only.c_str());
+    return 1;
   }
   std::printf("%s: %d failed\n", num_failed ? "FAILED" : "passed", num_failed);
   return num_failed != 0;

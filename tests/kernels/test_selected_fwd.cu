@@ -218,10 +218,16 @@ int main(int argc, char** argv) {
   CUDA_OK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
   const Arch arch = major == 9 ? Arch::kSm90a : Arch::kSm80;
   const std::string only = argc > 1 ? argv[1] : "";
+  bool is_known = false;
   for (const Case& c : kCases) {
     if (!only.empty() && only != c.name) continue;
+    is_known = true;
     check<__nv_bfloat16>(c, arch);
     check<__half>(c, arch);
+  }
+  if (!is_known) {
+    std::printf("%s: no such case\n", only.c_str());
+    return 1;
   }
   std::printf("%s: %d failed\n", num_failed ? "FAILED" : "passed", num_failed);
   return num_failed != 0;
