@@ -96,12 +96,14 @@ struct DenseAttnBwdScratch {
   int64_t bytes;
 };
 
-// The wgmma rows compute all gradients of window attention in one kernel, whose CTAs take turns in
-// adding to the dQ of as many queries. For compressed attention two kernels are faster.
+// The wgmma rows compute all gradients in one kernel, whose CTAs take turns in adding to the dQ of so
+// many queries. In compressed attention CTAs with several heads would wait for each other: there two
+// kernels do the work.
 inline constexpr int kTurnQueries = 64;
 
-constexpr bool has_fused_bwd(Op op, Arch arch) {
-  return op == Op::kWindowAttn && arch == Arch::kSm90a;
+constexpr bool has_fused_bwd(Op op, Arch arch, int64_t group_size) {
+  if (arch != Arch::kSm90a) return false;
+  return op == Op::kWindowAttn || group_size <= 8;  // one head a CTA: compressed_attn_bwd_splits()
 }
 
 // delta is fp32 [Hq, total_q]. `key_rows` is 0 where nothing is split.
@@ -130,10 +132,10 @@ constexpr DenseAttnBwdScratch dense_attn_bwd_scratch(bool is_fused, int64_t batc
 constexpr size_t dense_attn_workspace(const Problem& p, Arch arch) {
   if (p.pass == Pass::kFwd) return 0;
   const int64_t key_rows = p.op == Op::kCompressedAttn ? p.total_k / p.kernel_stride : 0;
-  return static_cast<size_t>(dense_attn_bwd_scratch(has_fused_bwd(p.op, arch), p.batch, p.total_q,
-                                                    p.num_heads_q, p.num_heads_kv, key_rows,
-                                                    p.head_dim, p.head_dim_v)
-                                 .bytes);
+  return static_cast<size_t>(
+      dense_attn_bwd_scratch(has_fused_bwd(p.op, arch, p.group_size()), p.batch, p.total_q,
+                             p.num_heads_q, p.num_heads_kv, key_rows, p.head_dim, p.head_dim_v)
+          .bytes);
 }
 
 // Of bfloat16, with equal head dims.
@@ -149,6 +151,8 @@ static_assert(example_dense_attn_row(Pass::kBwd, Arch::kSm80, 163, 96) == 3);
 static_assert(example_dense_attn_row(Pass::kBwd, Arch::kSm80, 99, 96) == 4);
 static_assert(find_dense_attn_row(Pass::kBwd, Arch::kSm90a, 227 * 1024, DType::kFloat32, 64, 64) ==
               -1);
+static_assert(has_fused_bwd(Op::kCompressedAttn, Arch::kSm90a, 8));
+static_assert(!has_fused_bwd(Op::kCompressedAttn, Arch::kSm90a, 12));
 static_assert(compressed_attn_bwd_splits(1) == 1 && compressed_attn_bwd_splits(12) == 6);
 
 }  // namespace fsattn

@@ -47,8 +47,8 @@ void launch_bwd(Op op, int row, const Params& params, int64_t split_rows, Stream
   const AttnShape& shape = attn.shape;
   const Arch arch = kDenseAttnBwdTable.at(static_cast<size_t>(row)).arch;
   const DenseAttnBwdScratch scratch = dense_attn_bwd_scratch(
-      has_fused_bwd(op, arch), attn.packing.batch, attn.packing.total_q, shape.num_heads_q,
-      shape.num_heads_kv, split_rows, shape.head_dim, shape.head_dim_v);
+      has_fused_bwd(op, arch, shape.group_size()), attn.packing.batch, attn.packing.total_q,
+      shape.num_heads_q, shape.num_heads_kv, split_rows, shape.head_dim, shape.head_dim_v);
   FSATTN_ASSERT(params.scratch.bytes >= static_cast<size_t>(scratch.bytes));
   auto* base = static_cast<std::byte*>(params.scratch.data);
   DenseBwdBuffers buffers{};

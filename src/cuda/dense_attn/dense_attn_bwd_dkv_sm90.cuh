@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __shared__ KeyTileWork work;
   const DenseDkvSm90Smem<Traits> smem{memory, smem_address(memory)};
   if (threadIdx.x == 0) {
-    work = find_key_tile<Traits::kTileKv>(p, keys, buffers.splits, blockIdx.x);
+    work = find_key_tile<Traits::kTileKv>(p, keys, buffers.splits, blockIdx.x, kAllHeads);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       mbarrier_init(smem.full(stage), 4);  // the producer warps
       mbarrier_init(smem.empty(stage), Traits::kConsumerThreads / kWarpSize);

@@ -45,6 +45,8 @@ struct DenseBwdSm90Traits {
   static_assert(kTileQ == kTurnQueries);
 };
 
+inline constexpr int kFewHeads = 8;
+
 template <class Traits>
 struct DenseBwdSm90Smem {
   unsigned char* memory;
@@ -333,7 +335,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __shared__ KeyTileWork work;
   const DenseBwdSm90Smem<Traits> smem{memory, smem_address(memory)};
   if (threadIdx.x == 0) {
-    work = find_key_tile<Traits::kTileKv>(p, keys, buffers.splits, atomicAdd(buffers.turns, 1));
+    // Compressed keys: many tiles of a few heads at a time, so that dQ is added to in L2.
+    const int width = keys.band.reach == Band::kUnlimited ? kFewHeads : kAllHeads;
+    work =
+        find_key_tile<Traits::kTileKv>(p, keys, buffers.splits, atomicAdd(buffers.turns, 1), width);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       mbarrier_init(smem.full(stage), Traits::kProducerWarps);
       mbarrier_init(smem.empty(stage), Traits::kConsumerThreads / kWarpSize);
