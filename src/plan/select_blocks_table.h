@@ -68,11 +68,12 @@ constexpr SelectBlocksSmem select_blocks_smem(const SelectBlocksConfig& config, 
   return s;
 }
 
-inline constexpr int kSelectSm90QStages = 4, kSelectSm90KStages = 3;  // tiles of shared memory
-inline constexpr int kSelectSm90MaxTopk = 32;
-
-inline constexpr int kSelectSm90WorkBytes = 64;  // what a CTA computes
-inline constexpr int kSelectSm90ChunkTiles = 4;  // of 32 blocks, whose scores are kept
+// Of the Hopper rows.
+inline constexpr int kSelectSm90QStages = 4, kSelectSm90KStages = 3;  // tiles in shared memory
+inline constexpr int kSelectSm90ChunkTiles = 4;   // of 32 blocks, whose scores are kept
+inline constexpr int kSelectSm90MaxTopk = 32;     // candidates of a query: one a lane
+inline constexpr int kSelectSm90CarryPitch = 17;  // 16 tiles; rows start in different banks
+inline constexpr int kSelectSm90WorkBytes = 64;   // what a CTA computes
 
 // Shared memory of a CTA of a Hopper row; offsets in bytes, the queries at 0.
 struct SelectSm90Smem {
@@ -80,7 +81,6 @@ struct SelectSm90Smem {
 };
 
 constexpr SelectSm90Smem select_sm90_smem(const SelectBlocksConfig& config, int num_heads) {
-  constexpr int kCarryPitch = 17;
   const int q_tiles = config.tile_q == 128 ? 2 : std::min(num_heads, kSelectSm90QStages);
   SelectSm90Smem s{};
   s.k = q_tiles * 64 * config.head_dim * 2;
@@ -91,13 +91,14 @@ constexpr SelectSm90Smem select_sm90_smem(const SelectBlocksConfig& config, int 
   s.work = s.barriers + 2 * (kSelectSm90QStages + kSelectSm90KStages) * 8;
   s.room = s.work + kSelectSm90WorkBytes;
   s.carry = s.room + config.tile_q * 4;
-  s.bytes = s.carry + (config.tile_q == 64 ? 64 * kCarryPitch * 4 : 0);
+  s.bytes = s.carry + (config.tile_q == 64 ? 64 * kSelectSm90CarryPitch * 4 : 0);
   return s;
 }
 
 static_assert(select_sm90_smem({Arch::kSm90a, DType::kBFloat16, 128, 64}, 4).bytes <= 227 * 1024);
 static_assert(select_sm90_smem({Arch::kSm90a, DType::kBFloat16, 128, 128}, 1).bytes <= 227 * 1024);
 
+// Groups of one have rows of their own; smaller head dims lose more to the padding than wgmma wins.
 constexpr bool select_sm90_takes(const SelectBlocksConfig& config, const Problem& p) {
   const bool is_usual = p.kernel_size == 2 * p.kernel_stride && p.block_size == 4 * p.kernel_stride;
   const int tile_q = p.num_heads_q == p.num_heads_kv ? 128 : 64;
@@ -105,7 +106,8 @@ constexpr bool select_sm90_takes(const SelectBlocksConfig& config, const Problem
          p.topk <= kSelectSm90MaxTopk;
 }
 
-// Returns the row, or -1 when no kernel fits. `smem_limit`: bytes that one CTA may have.
+// Returns the row, or -1 when no kernel fits. `smem_limit`: bytes that one CTA may have; devices with
+// Hopper's instructions have what its rows need.
 constexpr int find_select_blocks_row(Arch arch, const Problem& p, int64_t smem_limit) {
   const int64_t halo = p.kernel_size / p.kernel_stride - 1;
   if (halo > kSelectMaxHalo || p.block_size / p.kernel_stride > kSelectTileKv) return -1;

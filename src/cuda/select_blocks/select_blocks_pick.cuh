@@ -8,6 +8,7 @@
 #pragma once
 #include "cuda/device/warp_topk.cuh"
 #include "cuda/select_blocks/select_blocks_work.cuh"
+#include "plan/select_blocks_table.h"
 
 namespace fsattn::device {
 
@@ -21,7 +22,7 @@ struct alignas(16) PickState {
 // A candidate: score bits and block.
 using Pick = int2;
 
-inline constexpr int kCarryPitch = 17;  // 16 tiles; rows start in different banks
+inline constexpr int kCarryPitch = kSelectSm90CarryPitch;
 inline constexpr int kChunkTiles = kSelectSm90ChunkTiles;
 inline constexpr int kChunkBlocks = kChunkTiles * kWarpSize;
 
@@ -187,12 +188,20 @@ __device__ __forceinline__ void pick_blocks(const PickMemory& memory, int first_
     room[r] = memory.room[first_row + r];
     limit[r] = reached[r] = state[r].limit;
 #pragma unroll
-    for (int t = 0; t < kChunkTiles; ++t) {
-      score[r][t] = __float_as_int(x[r][t]);
-      if (!is_inside && !competes(state[r], first_block + t * kWarpSize + lane)) score[r][t] = -1;
+    for (int t = 0; t < kChunkTiles; ++t) score[r][t] = __float_as_int(x[r][t]);
+  }
+  if (!is_inside) {
+    __syncwarp();  // a branch: most chunks lie inside
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int t = 0; t < kChunkTiles; ++t) {
+        if (!competes(state[r], first_block + t * kWarpSize + lane)) score[r][t] = -1;
+      }
     }
   }
-  if (is_first) {
+  // At least `room` blocks of the chunk reach the room-th largest of the lanes' largest scores.
+  const auto raise_limits = [&] {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       reached[r] = score[r][0];
@@ -205,35 +214,43 @@ __device__ __forceinline__ void pick_blocks(const PickMemory& memory, int first_
       reached[r] = __shfl_sync(kFullMask, reached[r], max(room[r] - 1, 0));
       limit[r] = max(limit[r], reached[r] - 1);
     }
-  }
-  const auto overflows = [&] {
-    unsigned most = 0;
+  };
+  unsigned passing[kRows][kChunkTiles];  // the lanes whose block is a candidate
+  const auto fits = [&] {
+    int most = 0;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      unsigned count = 0;
+      int count = state[r].count;
 #pragma unroll
-      for (int t = 0; t < kChunkTiles; ++t) count += score[r][t] > limit[r] ? 1 : 0;
-      most = max(most, __reduce_add_sync(kFullMask, count) + state[r].count);
+      for (int t = 0; t < kChunkTiles; ++t) {
+        passing[r][t] = __ballot_sync(kFullMask, score[r][t] > limit[r]);
+        count += __popc(passing[r][t]);
+      }
+      most = max(most, count);
     }
-    return most > kWarpSize;
+    return most <= kWarpSize;
   };
-  bool fits = !overflows();
-  if (!fits) {
+  if (is_first) raise_limits();
+  bool is_done = fits();
+  if (!is_done) {
     prune(memory, first_row, state, room, lane);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) limit[r] = max(limit[r], state[r].limit);
-    fits = !overflows();
+    is_done = fits();
+    if (!is_done && !is_first) {
+      raise_limits();
+      is_done = fits();
+    }
   }
-  if (fits) {
+  if (is_done) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       Pick* list = memory.list + (first_row + r) * kWarpSize;
 #pragma unroll
       for (int t = 0; t < kChunkTiles; ++t) {
-        const bool passes = score[r][t] > limit[r];
-        const unsigned mask = __ballot_sync(kFullMask, passes);
+        const unsigned mask = passing[r][t];
         const int at = state[r].count + __popc(mask & ((1u << lane) - 1));
-        if (passes) list[at] = {score[r][t], first_block + t * kWarpSize + lane};
+        if (mask >> lane & 1) list[at] = {score[r][t], first_block + t * kWarpSize + lane};
         state[r].count += __popc(mask);
       }
       state[r].limit = max(state[r].limit, reached[r]);
@@ -267,15 +284,13 @@ __device__ __forceinline__ void finish_picks(const PickMemory& memory, int first
 }
 
 // Writes a row of topk_idx: initial blocks, picks and local blocks ascending, -1 behind the last.
-__device__ __forceinline__ void write_picks(int32_t* out, const SelectRow& row,
-                                            const PickMemory& memory, int i, int topk, int lane) {
-  const int count = memory.state[i].count, picked = lane - row.num_init;
-  const int total = row.num_init + count + row.num_local;
-  if (lane >= topk) return;
+__device__ __forceinline__ void write_picks(int32_t* out, int num_blocks, int num_init,
+                                            int num_local, int count, const Pick* list, int topk,
+                                            int lane) {
+  const int picked = lane - num_init, total = num_init + count + num_local;
   int block = lane;
-  if (picked >= 0) block = row.num_blocks - (total - lane);
-  if (picked >= 0 && picked < count) block = memory.list[i * kWarpSize + picked].y;
-  out[lane] = lane < total ? block : -1;
+  if (picked >= 0) block = picked < count ? list[picked].y : num_blocks - (total - lane);
+  if (lane < topk) out[lane] = lane < total ? block : -1;
 }
 
 }  // namespace fsattn::device

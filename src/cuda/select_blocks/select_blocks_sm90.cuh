@@ -5,148 +5,26 @@
 // Tiles   128 windows (32 blocks) and 64 queries of one head a product. tile_q 64: two warpgroups share
 //         the queries and take turns at the tiles of windows, for groups. tile_q 128: each has its own
 //         queries, for groups of one, where the traffic of the keys would be too high.
-// Roles   two consumer warpgroups: P of all heads added in registers, block scores to shared memory; after
-//         a chunk of tiles each warp picks the best blocks of its rows (select_blocks_pick.cuh). Two
-//         producer warps copy keys and two copy queries, by cp.async.
+// Roles   two consumer warpgroups take turns at the tensor cores, one multiplies while the other takes
+//         exponentials: P of all heads added in registers, block scores to shared memory. After a chunk of
+//         four tiles each warp looks for the best blocks of its rows (select_blocks_pick.cuh). Two producer
+//         warps copy keys and two copy queries, by cp.async.
 // Layout  the keys of a tile are copied in an order that gives a thread whole blocks: row 16 i + 8 j + 2 q
 //         + e holds window 16 i + 4 q + 2 j + e, where 2 q + e is the column of the accumulator.
 // Memory  up to four tiles of queries (they stay when the group has no more), three of keys, scores.
-// Regs    scores of two tiles 128, sum over heads 64: 232 a consumer thread, 32 a producer thread.
+// Regs    scores of a tile 64, sum over heads 64: 240 a consumer thread, 24 a producer thread.
 // Bound   tensor cores, 2 * D FLOP a (head, query, window), level with ex2, one each.
 // Numbers scores fp32; a block's windows are added in a fixed order.
 #pragma once
 #include "base/cuda_check.h"
-#include "cuda/device/barrier_sm90.cuh"
-#include "cuda/device/tile_sm80.cuh"
 #include "cuda/device/wgmma_sm90.cuh"
 #include "cuda/device/wgmma_ss_n128_sm90.cuh"
 #include "cuda/device/wgmma_ss_sm90.cuh"
-#include "cuda/select_blocks/select_blocks.h"
 #include "cuda/select_blocks/select_blocks_pick.cuh"
+#include "cuda/select_blocks/select_blocks_tiles_sm90.cuh"
 
 namespace fsattn {
 namespace device {
-
-template <SelectBlocksConfig kConfig>
-struct SelectSm90Traits {
-  using Element = ElementOf<kConfig.dtype>;
-  static constexpr int kDim = kConfig.head_dim, kPanels = kDim / 64;
-  static constexpr int kTileQ = kConfig.tile_q, kTileKv = kSelectTileKv;
-  static constexpr bool kSharesQueries = kTileQ == 64;  // by the two consumer warpgroups
-  static constexpr int kGroups = 2, kConsumerThreads = kGroups * 128;
-  static constexpr int kThreads = kConsumerThreads + 128;
-  static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
-  static constexpr int kQPanelBytes = 64 * 128, kQBytes = kPanels * kQPanelBytes;
-  static constexpr int kKPanelBytes = kTileKv * 128, kKBytes = kPanels * kKPanelBytes;
-  static constexpr int kQStages = kSelectSm90QStages, kKStages = kSelectSm90KStages;
-  static constexpr int kRowsPerWarp = kTileQ / 8;
-  static constexpr int kPickRows = 4;  // side by side
-  static constexpr bool kTakesTurns = true;
-  static constexpr int kTilesPerStep = kSharesQueries ? 2 : 1;
-};
-
-// What every role knows of its CTA.
-template <class Traits>
-struct SelectSm90 {
-  const SelectBlocksParams& p;
-  const SelectGeometry& g;
-  const SelectSm90Smem& at;
-  const SelectWork& work;
-  uint32_t base;
-  int num_heads, num_steps;
-
-  __device__ bool streams_queries() const {
-    return Traits::kSharesQueries && num_heads > Traits::kQStages;
-  }
-  __device__ uint32_t queries(int stage) const { return base + stage * Traits::kQBytes; }
-  __device__ uint32_t keys(int stage) const { return base + at.k + stage * Traits::kKBytes; }
-  __device__ uint32_t q_full(int stage) const { return base + at.barriers + stage * 8; }
-  __device__ uint32_t q_empty(int stage) const { return q_full(Traits::kQStages + stage); }
-  __device__ uint32_t k_full(int stage) const { return q_full(2 * Traits::kQStages + stage); }
-  __device__ uint32_t k_empty(int stage) const { return k_full(Traits::kKStages + stage); }
-};
-
-// ---- Producers ----
-
-template <class Traits>
-__device__ __forceinline__ void produce_keys(const SelectSm90<Traits>& cta, int thread) {
-  using Element = typename Traits::Element;
-  const Rows& rows = cta.p.k_cmp;
-  const int column = thread % 8 * 8, row = thread / 8;
-  const int window = row / 2 * 4 + row % 2;  // of row `row` of a tile; rows + 8: window + 2
-  const int64_t stride = rows.token_stride;
-  const Element* src = static_cast<const Element*>(rows.data) +
-                       (cta.work.first_row + window) * stride +
-                       cta.work.kv_head * rows.head_stride + column;
-  const int cols = static_cast<int>(cta.p.shape.head_dim) - column;
-  int left = cta.work.num_keys - window;
-  int stage = 0, parity = 1;
-  for (int tile = 0; tile < cta.num_steps * Traits::kTilesPerStep; ++tile) {
-    mbarrier_wait(cta.k_empty(stage), parity);
-    uint32_t dst = cta.keys(stage) + tile_offset<64>(row, thread % 8);
-#pragma unroll
-    for (int i = 0; i < Traits::kTileKv / 8; ++i) {
-#pragma unroll
-      for (int panel = 0; panel < Traits::kPanels; ++panel) {
-        cp_async_16(dst + panel * Traits::kKPanelBytes + i * 1024, src + panel * 64,
-                    left > 0 && panel * 64 < cols);
-      }
-      const int step = i % 2 == 0 ? 2 : 14;
-      src += step * stride;
-      left -= step;
-      asm volatile("" : "+l"(src));  // keeps one address alive instead of one a row
-    }
-    cp_async_arrive(cta.k_full(stage));
-    if (++stage == Traits::kKStages) stage = 0, parity ^= 1;
-  }
-}
-
-// Tile `tile` of the queries of head `head` of the group.
-template <class Traits>
-__device__ __forceinline__ void load_queries(const SelectSm90<Traits>& cta, int stage, int head,
-                                             int tile, int thread) {
-  using Element = typename Traits::Element;
-  const Rows& rows = cta.p.q;
-  const int column = thread % 8 * 8, row = tile * 64 + thread / 8;
-  const Element* src = static_cast<const Element*>(rows.data) +
-                       (cta.work.token + row) * rows.token_stride +
-                       (cta.work.first_head + head) * rows.head_stride + column;
-  const int cols = static_cast<int>(cta.p.shape.head_dim) - column;
-  const uint32_t dst = cta.queries(stage) + tile_offset<64>(thread / 8, thread % 8);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-#pragma unroll
-    for (int panel = 0; panel < Traits::kPanels; ++panel) {
-      cp_async_16(dst + panel * Traits::kQPanelBytes + i * 1024, src + panel * 64,
-                  row + i * 8 < cta.work.num_queries && panel * 64 < cols);
-    }
-    src += 8 * rows.token_stride;
-    asm volatile("" : "+l"(src));
-  }
-  cp_async_arrive(cta.q_full(stage));
-}
-
-template <class Traits>
-__device__ __forceinline__ void produce_queries(const SelectSm90<Traits>& cta, int thread) {
-  if (!Traits::kSharesQueries) {
-    for (int tile = 0; tile < Traits::kGroups; ++tile) load_queries(cta, tile, 0, tile, thread);
-    return;
-  }
-  if (!cta.streams_queries()) {
-    for (int head = 0; head < cta.num_heads; ++head) load_queries(cta, head, head, 0, thread);
-    return;
-  }
-  int stage = 0, parity = 1;
-  for (int step = 0; step < cta.num_steps; ++step) {
-    for (int head = 0; head < cta.num_heads; ++head) {
-      mbarrier_wait(cta.q_empty(stage), parity);
-      load_queries(cta, stage, head, 0, thread);
-      if (++stage == Traits::kQStages) stage = 0, parity ^= 1;
-    }
-  }
-}
-
-// ---- Consumers ----
 
 // One product: a tile of windows and a head.
 struct SelectItem {
@@ -174,13 +52,12 @@ struct SelectConsumer {
     return cta.streams_queries() ? item.q_index % Traits::kQStages : item.head;
   }
 
-  // The warpgroups issue their products in turns, so that one has the tensor cores while the other
-  // takes exponentials.
+  // Warpgroup 0 multiplies one item, then warpgroup 1, then warpgroup 0 again.
   __device__ __forceinline__ void take_turn() const {
-    if (Traits::kTakesTurns) asm volatile("bar.sync %0, 256;" ::"r"(8 + group) : "memory");
+    asm volatile("bar.sync %0, 256;" ::"r"(8 + group) : "memory");
   }
   __device__ __forceinline__ void pass_turn() const {
-    if (Traits::kTakesTurns) asm volatile("bar.arrive %0, 256;" ::"r"(9 - group) : "memory");
+    asm volatile("bar.arrive %0, 256;" ::"r"(9 - group) : "memory");
   }
 
   __device__ __forceinline__ void wait_operands(const SelectItem& item) const {
@@ -307,9 +184,8 @@ struct SelectConsumer {
   }
 
   __device__ __forceinline__ void init_rows() const {
-    for (int i = 0; i < Traits::kRowsPerWarp; ++i) {
-      if (lane != 0) break;
-      const int r = first_pick_row() + i;
+    if (lane < Traits::kRowsPerWarp) {
+      const int r = first_pick_row() + lane;
       const SelectRow at = select_row(cta.g, cta.work, r);
       const bool is_query = r < cta.work.num_queries && at.room > 0;
       memory.state[r] = {is_query ? at.num_init : 0, is_query ? at.local_begin : 0, 0, -1};
@@ -342,59 +218,43 @@ struct SelectConsumer {
     store_scores(p, tile, tile % kChunkTiles, carry);
   }
 
-  // Products and sums of all tiles. The next product is always under way; the last one is made twice.
+  // Products and sums of all tiles.
   __device__ __forceinline__ void score() const {
     constexpr bool kOneHead = !Traits::kSharesQueries;
-    float s0[64], s1[64], p[kOneHead ? 1 : 64] = {}, lse[2], carry[2] = {};
-    const int num_heads = kOneHead ? 1 : cta.num_heads;
     constexpr int kChunkSteps = kChunkTiles / Traits::kTilesPerStep;
-    SelectItem item{0, 0, 0};
-    load_lse(0, lse);
-    wait_operands(item);
+    const int num_heads = kOneHead ? 1 : cta.num_heads;
+    float s[64], p[kOneHead ? 1 : 64], lse[2], carry[2] = {};
+    if (kOneHead) load_lse(0, lse);
     if (group == 1) pass_turn();  // warpgroup 0 begins
-    take_turn();
-    issue(item, s0);
-    pass_turn();
-    wgmma_wait_group<0>();
-    pin_registers(s0);
-    const auto run = [&](float(&s)[64], float(&s_next)[64]) {
-      const float lse_now[2] = {lse[0], lse[1]};
-      SelectItem next{item.step, item.head + 1, item.q_index + 1};
-      if (next.head == num_heads) next.head = 0, ++next.step;
-      const bool has_next = next.step < cta.num_steps;
-      if (has_next) {
-        release(item);
-        wait_operands(next);
-      } else {
-        next = item;
-      }
-      take_turn();
-      issue(next, s_next);
-      if (has_next || group == 0) pass_turn();
-      if (!kOneHead) load_lse(next.head, lse);
-      if constexpr (kOneHead) {
-        add(s, s, lse_now, true);
-        finish_tile(s, item.step, carry);
-      } else {
-        add(p, s, lse_now, false);
-        if (item.head == num_heads - 1) {
-          finish_tile(p, item.step, carry);
+    int q_index = 0;
+#pragma unroll 1
+    for (int step = 0; step < cta.num_steps; ++step) {
 #pragma unroll
-          for (float& x : p) x = 0.f;
+      for (float& x : p) x = 0.f;
+#pragma unroll 1
+      for (int head = 0; head < num_heads; ++head, ++q_index) {
+        const SelectItem item{step, head, q_index};
+        const bool is_last = step == cta.num_steps - 1 && head == num_heads - 1;
+        if (!kOneHead) load_lse(head, lse);
+        wait_operands(item);
+        take_turn();
+        issue(item, s);
+        wgmma_wait_group<0>();
+        pin_registers(s);
+        if (!is_last || group == 0) pass_turn();
+        release(item);
+        if constexpr (kOneHead) {
+          add(s, s, lse, true);
+        } else {
+          add(p, s, lse, false);
         }
       }
-      item = next;
-      wgmma_wait_group<0>();
-      pin_registers(s_next);
-      return has_next;
-    };
-    // Every chunk has an even number of items, so that one place is enough to look through it.
-    bool has_next = true;
-    while (has_next) {
-      run(s0, s1);
-      has_next = run(s1, s0);
-      const int end = has_next ? item.step : cta.num_steps;
-      if (!has_next || (item.head == 0 && end % kChunkSteps == 0)) pick_chunk(end - 1);
+      if constexpr (kOneHead) {
+        finish_tile(s, step, carry);
+      } else {
+        finish_tile(p, step, carry);
+      }
+      if (step % kChunkSteps == kChunkSteps - 1 || step == cta.num_steps - 1) pick_chunk(step);
     }
   }
 
@@ -406,11 +266,17 @@ struct SelectConsumer {
     for (int i = 0; i < Traits::kRowsPerWarp; i += Traits::kPickRows) {
       finish_picks<Traits::kPickRows>(memory, first_pick_row() + i, lane);
     }
+    const SelectRow mine =
+        select_row(cta.g, cta.work, first_pick_row() + lane % Traits::kRowsPerWarp);
+#pragma unroll 4
     for (int i = 0; i < Traits::kRowsPerWarp; ++i) {
       const int r = first_pick_row() + i;
-      if (r >= cta.work.num_queries) break;
-      write_picks(out + int64_t{r} * cta.p.topk, select_row(cta.g, cta.work, r), memory, r,
-                  cta.g.topk, lane);
+      const int num_blocks = __shfl_sync(kFullMask, mine.num_blocks, i);
+      const int num_init = __shfl_sync(kFullMask, mine.num_init, i);
+      const int num_local = __shfl_sync(kFullMask, mine.num_local, i);
+      if (r >= cta.work.num_queries) continue;
+      write_picks(out + int64_t{r} * cta.p.topk, num_blocks, num_init, num_local,
+                  memory.state[r].count, memory.list + r * kWarpSize, cta.g.topk, lane);
     }
   }
 };
