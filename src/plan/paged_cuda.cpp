@@ -29,7 +29,7 @@ const char* refuse_decode(const PagedProblem& p, const DeviceInfo& device, int r
     const int64_t blocks = ceil_div(p.max_k, p.block_size);
     if (blocks > kDecodeMaxBlocks) return "more blocks in a sequence than the fused kernels rank";
     const int64_t windows = p.kernel_size / p.kernel_stride + p.block_size / p.kernel_stride;
-    if (windows + 2 > kDecodeSelectKeys)
+    if (windows + 2 > kDecodePoolKeys)
       return "more windows over a block than the fused kernels take";
     smem = std::max(smem, decode_select_smem(blocks));
   }

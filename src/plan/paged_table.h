@@ -73,23 +73,25 @@ inline constexpr int64_t kDecodeSplit = 512;
 inline constexpr int64_t kDecodeMaxTopk = 128;
 inline constexpr int64_t kDecodeMaxGroup = 64;
 inline constexpr int64_t kDecodeMaxParts = 512;  // partial results that are combined at a time
-// Of a sequence: their scores lie in shared memory. More than kDecodePooledBlocks of them are scored by
-// a kernel of its own.
+// Of a sequence: their scores lie in shared memory. More than kDecodePooledBlocks of them are
+// scored by a kernel of its own.
 inline constexpr int64_t kDecodeMaxBlocks = 32768;
-inline constexpr int64_t kDecodePooledBlocks = 2048;
+inline constexpr int64_t kDecodePooledBlocks = 1024;
 
-// Shared memory of a CTA: 16 queries, and for each of four warps a ring of chunks of 16 keys.
+// Shared memory of a CTA: 16 queries, those of the next work item, and for each of four warps a
+// ring of chunks of 16 keys.
 constexpr int decode_stages(int head_dim, int head_dim_v) {
   return head_dim + head_dim_v <= 320 ? 3 : 2;
 }
 constexpr size_t decode_smem(const DecodeConfig& c) {
   const int stages = decode_stages(c.head_dim, c.head_dim_v);
   return static_cast<size_t>(kDecodeRows * 2 *
-                             (c.head_dim + 4 * stages * (c.head_dim + c.head_dim_v)));
+                             (2 * c.head_dim + 4 * stages * (c.head_dim + c.head_dim_v)));
 }
 
 // The selection keeps the windows of a step and the scores of all blocks in shared memory.
 inline constexpr int64_t kDecodeSelectKeys = 4096;
+inline constexpr int64_t kDecodePoolKeys = 1024;  // a step where the blocks have their own kernel
 constexpr size_t decode_select_smem(int64_t max_blocks) {
   return static_cast<size_t>(kDecodeSelectKeys + round_up(max_blocks, int64_t{32})) * 4;
 }
@@ -118,8 +120,8 @@ constexpr DecodeSplits decode_splits(int64_t max_cmp, int64_t cmp_split, int64_t
   return s;
 }
 
-// Scratch memory of a fused call. Offsets count bytes. A unit is a (sequence, KV head); its rows are
-// max_q * G queries.
+// Scratch memory of a fused call. Offsets count bytes. A unit is a (sequence, KV head); its rows
+// are max_q * G queries.
 struct DecodeScratch {
   int64_t scores;    // fp32 [units, rows, scores_pitch], q k without the softmax scale
   int64_t cmp_o;     // fp32 [units, splits.cmp, rows, Dv]

@@ -370,6 +370,24 @@ TEST(long_sequences) {
   check("bounds for 200000 tokens", s);
 }
 
+// More work items than CTAs that stay: each takes several in turn.
+TEST(more_items_than_ctas) {
+  Case s;
+  s.heads_kv = 8;
+  s.group = 2;
+  for (int b = 0; b < 60; ++b) {
+    s.len.push_back(40 + b * 23);
+    s.new_q.push_back(1);
+  }
+  check("480 items", s);
+  s.len.assign(5, 9000);
+  s.new_q.assign(5, 8);
+  s.heads_kv = 4;
+  s.group = 16;
+  s.dim = s.dim_v = 64;
+  check("320 items of two splits", s);
+}
+
 TEST(selection_options) {
   Case s = ragged();
   s.reduce = GroupReduce::kMax;

@@ -77,8 +77,8 @@ TEST(scratch_is_the_documented_sum) {
 TEST(long_sequences_keep_block_scores) {
   PagedProblem p = llama(PagedOp::kAttn);
   const DecodeSplits splits = decode_splits(16, 512, 64, 16, 512);
-  EXPECT_EQ(decode_scratch(1, 2, 4, 128, 16, 2048, splits, true).block_scores_pitch, 0);
-  EXPECT_EQ(decode_scratch(1, 2, 4, 128, 16, 2049, splits, true).block_scores_pitch, 2080);
+  EXPECT_EQ(decode_scratch(1, 2, 4, 128, 16, 1024, splits, true).block_scores_pitch, 0);
+  EXPECT_EQ(decode_scratch(1, 2, 4, 128, 16, 1025, splits, true).block_scores_pitch, 1056);
   p.batch = p.total_q = 1;
   p.max_k = 1 << 20;
   EXPECT_EQ(choose_paged_fused(p, kH200).row, 1);

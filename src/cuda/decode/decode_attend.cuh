@@ -27,11 +27,12 @@ struct DecodeTraits {
   static constexpr int kVBytes = device::tile_bytes<kDimV>(kDecodeChunk);
   static constexpr int kStageBytes = kKBytes + kVBytes;
   static constexpr int kWarpBytes = kStages * kStageBytes;
-  static constexpr int kSmemBytes = kQBytes + kWarps * kWarpBytes;
+  static constexpr int kSmemBytes = 2 * kQBytes + kWarps * kWarpBytes;
   static_assert(kSmemBytes == static_cast<int>(decode_smem(kConfig)));
-  // A warp's result in its ring; the padding spreads the rows over the banks.
-  static constexpr int kResultPitch = kDimV + 8;
-  static_assert(kDecodeRows * kResultPitch * 4 <= kWarpBytes);
+  // A warp leaves its fp32 result in one stage of its ring.
+  static_assert(kDecodeRows * kDimV * 4 <= kStageBytes);
+  static constexpr int kFragments =
+      kDimV <= 128 ? 4 : 1;  // brought at a time: what the registers hold
   static constexpr int kMinCtas = kSmemBytes <= 112 * 1024 ? 2 : 1;
 };
 
@@ -42,13 +43,6 @@ struct KeyChunk {
   int page;  // -1: not in the cache; they read as zeros
   int row;   // of the first key in its page
   int key;   // the first key's place in its sequence
-};
-
-// Shared by the CTA beside the dynamic shared memory.
-struct DecodeShared {
-  KeyChunk chunks[kDecodeMaxChunks];
-  float lse[4][kDecodeRows];
-  int num_chunks;
 };
 
 // The chunk that starts at `key`, a multiple of 16, so that it lies in one page.
@@ -116,24 +110,58 @@ __device__ __forceinline__ void load_chunk(const PagedHead<typename Traits::Elem
                             rows, head.dim_v, lane, policy);
 }
 
-// Starts the CTA's copy of the tile's queries; rows that do not exist read as zero.
-template <class Traits>
+// Starts the copy of the tile's queries by kThreads threads; rows that do not exist read as zero.
+template <class Traits, int kThreads>
 __device__ __forceinline__ void load_queries(const DecodeArgs& p, const DecodeTile& tile, int token,
-                                             uint32_t q_tile) {
+                                             uint32_t q_tile, int thread) {
   using Element = typename Traits::Element;
-  const int thread = threadIdx.x, row = thread / 8, col = thread % 8 * 8;
-  const int at = tile.row + row, query = at / p.group, head = at - query * p.group;
-  const bool is_row = row < tile.num_rows;
-  const Element* from = static_cast<const Element*>(p.q.data) + col;
-  if (is_row) {
-    from += static_cast<int64_t>(token + query) * p.q.token_stride +
-            static_cast<int64_t>(tile.kv_head * p.group + head) * p.q.head_stride;
-  }
-  static_assert(Traits::kThreads == kDecodeRows * 8);
+  const int col = thread % 8 * 8;
 #pragma unroll
-  for (int j = 0; j < Traits::kDim / 64; ++j) {
-    cp_async_16(q_tile + tile_offset<Traits::kDim>(row, thread % 8) + j * 128, from + j * 64,
-                is_row && j * 64 + col < p.head_dim);
+  for (int row = thread / 8; row < static_cast<int>(kDecodeRows); row += kThreads / 8) {
+    const int at = tile.row + row, query = at / p.group, head = at - query * p.group;
+    const bool is_row = row < tile.num_rows;
+    const Element* from = static_cast<const Element*>(p.q.data) + col;
+    if (is_row) {
+      from += static_cast<int64_t>(token + query) * p.q.token_stride +
+              static_cast<int64_t>(tile.kv_head * p.group + head) * p.q.head_stride;
+    }
+#pragma unroll
+    for (int j = 0; j < Traits::kDim / 64; ++j) {
+      cp_async_16(q_tile + tile_offset<Traits::kDim>(row, thread % 8) + j * 128, from + j * 64,
+                  is_row && j * 64 + col < p.head_dim);
+    }
+  }
+}
+
+// A warp's ring of chunks.
+template <class Traits>
+struct ChunkRing {
+  uint32_t base;
+  int slot = 0;                    // of the next chunk
+  int next = Traits::kStages - 1;  // the free one: the chunk behind those that are on their way
+
+  __device__ uint32_t stage(int i) const { return base + i * Traits::kStageBytes; }
+  __device__ void advance() {
+    slot = slot + 1 == Traits::kStages ? 0 : slot + 1;
+    next = next + 1 == Traits::kStages ? 0 : next + 1;
+  }
+};
+
+// Starts the copies of the warp's first chunks of a list: all but one stage of its ring.
+template <class Traits>
+__device__ __forceinline__ void start_chunks(const PagedHead<typename Traits::Element>& head,
+                                             const KeyChunk* chunks, int num_chunks,
+                                             const ChunkRing<Traits>& ring, uint64_t policy) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (int i = 0; i < Traits::kStages - 1; ++i) {
+    const int c = warp + i * Traits::kWarps, at = ring.slot + i;
+    if (c < num_chunks) {
+      load_chunk<Traits>(head, chunks[c],
+                         ring.stage(at < Traits::kStages ? at : at - Traits::kStages), lane,
+                         policy);
+    }
+    cp_async_commit();
   }
 }
 
@@ -144,31 +172,70 @@ struct DecodeResult {
   float lse[2];
 };
 
-// Attends to the chunks in shared.chunks. The queries are on their way to q_tile. `seen`: what the
+// The products of a chunk. A warp has little else to do while it waits for a fragment, so several
+// are brought before the first is used, and S is summed in two halves.
+template <class Traits>
+__device__ __forceinline__ void multiply_queries(float (&s)[2][4], uint32_t q_tile, uint32_t k_tile,
+                                                 int lane) {
+  constexpr int kGroup = Traits::kFragments, kSteps = Traits::kDim / 16;
+  static_assert(kSteps % kGroup == 0);
+  const uint32_t q = lane_rows16<Traits::kDim>(q_tile, lane);
+  const uint32_t k = lane_rows8x2<Traits::kDim>(k_tile, lane);
+  float half[2][2][4] = {};
+#pragma unroll
+  for (int first = 0; first < kSteps; first += kGroup) {
+    uint32_t a[kGroup][4], b[kGroup][4];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      ldmatrix_x4(a[i], chunk_pair(q, first + i));
+      ldmatrix_x4(b[i], chunk_pair(k, first + i));
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      mma_m16n8k16<typename Traits::Element>(half[i % 2][0], a[i], b[i][0], b[i][1]);
+      mma_m16n8k16<typename Traits::Element>(half[i % 2][1], a[i], b[i][2], b[i][3]);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[n][e] = half[0][n][e] + half[1][n][e];
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void multiply_values(float (&o)[Traits::kDimV / 8][4],
+                                                const uint32_t (&p)[2][2], uint32_t v_tile,
+                                                int lane) {
+  constexpr int kGroup = Traits::kFragments, kPairs = Traits::kDimV / 16;
+  static_assert(kPairs % kGroup == 0);
+  const uint32_t v = lane_rows16<Traits::kDimV>(v_tile, lane);
+  const uint32_t a[4] = {p[0][0], p[0][1], p[1][0], p[1][1]};
+#pragma unroll
+  for (int first = 0; first < kPairs; first += kGroup) {
+    uint32_t b[kGroup][4];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) ldmatrix_x4_trans(b[i], chunk_pair(v, first + i));
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      mma_m16n8k16<typename Traits::Element>(o[2 * (first + i)], a, b[i][0], b[i][1]);
+      mma_m16n8k16<typename Traits::Element>(o[2 * (first + i) + 1], a, b[i][2], b[i][3]);
+    }
+  }
+}
+
+// Attends to a list of chunks after start_chunks(). The queries are in q_tile. `seen`: what the
 // lane's two rows see. `on_scores(key, s)` is told the products q k of 16 keys.
 template <class Traits, class OnScores>
-__device__ __forceinline__ void attend(DecodeResult<Traits>& result, const DecodeShared& shared,
+__device__ __forceinline__ void attend(DecodeResult<Traits>& result,
                                        const PagedHead<typename Traits::Element>& head,
+                                       const KeyChunk* chunks, int num_chunks,
                                        const KeyInterval (&seen)[2], float scale_log2,
-                                       uint32_t q_tile, uint64_t policy,
+                                       uint32_t q_tile, ChunkRing<Traits>& ring, uint64_t policy,
                                        const OnScores& on_scores) {
   using Element = typename Traits::Element;
   constexpr int kStages = Traits::kStages;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const uint32_t ring = q_tile + Traits::kQBytes + warp * Traits::kWarpBytes;
-  const int num_chunks = shared.num_chunks;
-  cp_async_commit();
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) {
-    const int c = warp + s * Traits::kWarps;
-    if (c < num_chunks) {
-      load_chunk<Traits>(head, shared.chunks[c], ring + s * Traits::kStageBytes, lane, policy);
-    }
-    cp_async_commit();
-  }
-  cp_async_wait<kStages - 1>();
-  __syncthreads();  // the queries have landed
-
   OnlineSoftmax<Element, 1> softmax;
   softmax.init();
 #pragma unroll
@@ -176,21 +243,18 @@ __device__ __forceinline__ void attend(DecodeResult<Traits>& result, const Decod
 #pragma unroll
     for (int e = 0; e < 4; ++e) result.o[0][n][e] = 0.f;
   }
-  int slot = 0, next = kStages - 1;  // stages of this chunk and of the one that is loaded
   for (int c = warp; c < num_chunks; c += Traits::kWarps) {
     cp_async_wait<kStages - 2>();
     __syncwarp();  // the chunk has landed, and no lane reads the one before
     const int ahead = c + (kStages - 1) * Traits::kWarps;
     if (ahead < num_chunks) {
-      load_chunk<Traits>(head, shared.chunks[ahead], ring + next * Traits::kStageBytes, lane,
-                         policy);
+      load_chunk<Traits>(head, chunks[ahead], ring.stage(ring.next), lane, policy);
     }
     cp_async_commit();
-    const uint32_t k_tile = ring + slot * Traits::kStageBytes;
+    const uint32_t k_tile = ring.stage(ring.slot);
     float s[1][2][4] = {};
-    mma_a_bt<Element, Traits::kDim, Traits::kDim>(s, lane_rows16<Traits::kDim>(q_tile, lane),
-                                                  lane_rows8x2<Traits::kDim>(k_tile, lane));
-    const int key = shared.chunks[c].key;
+    multiply_queries<Traits>(s[0], q_tile, k_tile, lane);
+    const int key = chunks[c].key;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -202,10 +266,8 @@ __device__ __forceinline__ void attend(DecodeResult<Traits>& result, const Decod
     on_scores(key, s[0]);
     uint32_t prob[1][2][2];
     softmax.step(s, prob, result.o, scale_log2);
-    mma_p_b<Element, Traits::kDimV>(result.o, prob,
-                                    lane_rows16<Traits::kDimV>(k_tile + Traits::kKBytes, lane));
-    slot = slot + 1 == kStages ? 0 : slot + 1;
-    next = next + 1 == kStages ? 0 : next + 1;
+    multiply_values<Traits>(result.o[0], prob[0], k_tile + Traits::kKBytes, lane);
+    ring.advance();
   }
   softmax.finish(result.o, result.lse);
 }
@@ -223,41 +285,56 @@ struct PartialRows {
   int64_t o_stride, lse_stride;
 };
 
-// Combines the results of the four warps. Every thread of the CTA calls it after attend().
+// Where the four warps leave their results for each other.
+struct WarpResults {
+  float lse[4][kDecodeRows];
+  uint32_t o[4];  // addresses in shared memory
+};
+
+// Element (row, col) of a result; rows are swizzled over the banks.
 template <class Traits>
-__device__ __forceinline__ void write_partial(const DecodeResult<Traits>& result,
-                                              DecodeShared& shared, uint32_t q_tile,
-                                              unsigned char* smem, const PartialRows& out,
-                                              int num_rows, int dim_v) {
+__device__ __forceinline__ uint32_t result_offset(int row, int col) {
+  return static_cast<uint32_t>(row * Traits::kDimV + (col ^ (row & 7) << 3)) * 4;
+}
+
+// Puts the warp's result into the free stage of its ring.
+template <class Traits>
+__device__ __forceinline__ void leave_result(const DecodeResult<Traits>& result,
+                                             const ChunkRing<Traits>& ring, WarpResults& results) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const auto rows_of = [&](int w) {
-    return reinterpret_cast<float*>(smem + Traits::kQBytes + w * Traits::kWarpBytes);
-  };
-  cp_async_wait<0>();
+  const uint32_t stage = ring.stage(ring.next);
   __syncwarp();  // the lanes have read their last chunk
 #pragma unroll
   for (int n = 0; n < Traits::kDimV / 8; ++n) {
-    float* at = rows_of(warp) + lane / 4 * Traits::kResultPitch + n * 8 + lane % 4 * 2;
     const float(&x)[4] = result.o[0][n];
-    *reinterpret_cast<float2*>(at) = {x[0], x[1]};
-    *reinterpret_cast<float2*>(at + 8 * Traits::kResultPitch) = {x[2], x[3]};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      store_shared_f32x2(stage + result_offset<Traits>(lane / 4 + 8 * half, n * 8 + lane % 4 * 2),
+                         x[2 * half], x[2 * half + 1]);
+    }
   }
   if (lane % 4 == 0) {
-    shared.lse[warp][lane / 4] = result.lse[0];
-    shared.lse[warp][lane / 4 + 8] = result.lse[1];
+    results.lse[warp][lane / 4] = result.lse[0];
+    results.lse[warp][lane / 4 + 8] = result.lse[1];
   }
-  __syncthreads();
+  if (lane == 0) results.o[warp] = stage;
+}
+
+// Combines what the four warps left. The threads of these warps call it after a barrier.
+template <class Traits>
+__device__ __forceinline__ void combine_results(const WarpResults& results, const PartialRows& out,
+                                                int num_rows, int dim_v) {
   constexpr int kQuads = Traits::kDimV / 4;
   for (int i = threadIdx.x; i < num_rows * kQuads; i += Traits::kThreads) {
     const int row = i / kQuads, col = i % kQuads * 4;
     if (col >= dim_v) continue;
-    float top = shared.lse[0][row];
+    float top = results.lse[0][row];
 #pragma unroll
-    for (int w = 1; w < Traits::kWarps; ++w) top = fmaxf(top, shared.lse[w][row]);
+    for (int w = 1; w < Traits::kWarps; ++w) top = fmaxf(top, results.lse[w][row]);
     float weight[Traits::kWarps], total = 0.f;
 #pragma unroll
     for (int w = 0; w < Traits::kWarps; ++w) {
-      weight[w] = top == -INFINITY ? 0.f : exp2_approx((shared.lse[w][row] - top) * kLog2E);
+      weight[w] = top == -INFINITY ? 0.f : exp2_approx((results.lse[w][row] - top) * kLog2E);
       total += weight[w];
     }
     if (top != -INFINITY) {
@@ -265,8 +342,10 @@ __device__ __forceinline__ void write_partial(const DecodeResult<Traits>& result
 #pragma unroll
       for (int w = 0; w < Traits::kWarps; ++w) {
         // Normalised before the sum, which then cannot leave the range of its terms.
+        const uint4 x = load_shared_u128(results.o[w] + result_offset<Traits>(row, col));
         add_scaled(sum, weight[w] / total,
-                   *reinterpret_cast<const float4*>(rows_of(w) + row * Traits::kResultPitch + col));
+                   {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z),
+                    __uint_as_float(x.w)});
       }
       *reinterpret_cast<float4*>(out.o + row * out.o_stride + col) = sum;
     }

@@ -1,11 +1,13 @@
-// decode_branches: the window and the selected branch of a few new tokens, and the sum of the branches.
+// decode_branches: the window and the selected branch of a few new tokens, and the sum of the
+// branches.
 //
 // Math     o = g0 o_cmp + g1 o_sel + g2 o_win; every branch a softmax over its own keys.
-// Work     one CTA per (a) tile of 16 rows and split of the window, (b) tile of 16 rows: combines the
-//          splits of the compressed branch, (c) query, tile of 16 heads and split of its blocks.
-//          The CTA that finishes last of those that a query needs adds them up, in a fixed order.
-// Order    (a) and (b) come first: they run while decode_select still ranks the blocks that (c) waits
-//          for (programmatic dependent launch).
+// Work     one CTA per (a) tile of 16 rows and split of the window, (b) tile of 16 rows: combines
+//          the splits of the compressed branch, (c) query, tile of 16 heads and split of its
+//          blocks. The CTA that finishes last of those that a query needs adds them up, in a fixed
+//          order.
+// Order    (a) and (b) come first: they run while decode_select still ranks the blocks that (c)
+//          waits for (programmatic dependent launch).
 // Bound    HBM: topk * S and w keys a (sequence, KV head).
 // Numbers  partial results fp32, one rounding at the end. Deterministic.
 #pragma once
@@ -15,8 +17,17 @@
 namespace fsattn {
 namespace device {
 
-// CTAs of a (sequence, KV head): tiles over all rows of the longest query count, then over the heads of
-// each query.
+// Beside the dynamic shared memory.
+struct BranchShared {
+  KeyChunk chunks[kDecodeMaxChunks];
+  int num_chunks;
+  WarpResults results;
+  int entries[kDecodeMaxTopk];  // of a row of topk_idx
+  bool is_last[kDecodeRows];
+};
+
+// CTAs of a (sequence, KV head): tiles over all rows of the longest query count, then over the
+// heads of each query.
 struct BranchGrid {
   int tiles;        // of 16 rows
   int tiles_query;  // of the heads of one query
@@ -54,62 +65,79 @@ __device__ __forceinline__ PartialRows part_rows(const DecodeArgs& p, const Deco
           static_cast<int64_t>(p.parts) * p.head_dim_v, p.parts};
 }
 
-// Turns the lse of partial results into weights that add up to `scale`. One warp; returns the lse of all.
-__device__ __forceinline__ float weigh_parts(float* lse, int count, float scale, int lane) {
+// Turns the lse of partial results into weights that add up to `scale`; returns the lse of all. One
+// thread: there are few of them, and the rows and branches have a thread each.
+__device__ __forceinline__ float weigh_parts(float* lse, int count, float scale) {
   float top = -INFINITY, total = 0.f;
-  for (int i = lane; i < count; i += kWarpSize) top = fmaxf(top, lse[i]);
-#pragma unroll
-  for (int d = kWarpSize / 2; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, d));
+  for (int i = 0; i < count; ++i) top = fmaxf(top, lse[i]);
   const bool is_empty = top == -INFINITY;
-  for (int i = lane; i < count; i += kWarpSize) {
-    const float part = is_empty ? 0.f : exp2_approx((lse[i] - top) * kLog2E);
-    lse[i] = part;
-    total += part;
+  for (int i = 0; i < count; ++i) {
+    lse[i] = is_empty ? 0.f : exp2_approx((lse[i] - top) * kLog2E);
+    total += lse[i];
   }
-#pragma unroll
-  for (int d = kWarpSize / 2; d > 0; d /= 2) total += __shfl_xor_sync(kFullMask, total, d);
   if (is_empty) return top;
-  for (int i = lane; i < count; i += kWarpSize) lse[i] *= scale / total;
+  for (int i = 0; i < count; ++i) lse[i] *= scale / total;
   return top + log2_approx(total) * kLn2;
 }
 
-// Four columns of a weighted sum of partial results. What has no weight may never have been written.
-__device__ __forceinline__ float4 add_parts(const float* o, int64_t stride, const float* weight,
-                                            int count) {
-  float4 sum{};
-#pragma unroll 8
-  for (int i = 0; i < count; ++i) {
-    float4 x{};
-    if (weight[i] != 0.f) x = __ldcg(reinterpret_cast<const float4*>(o + i * stride));
-    add_scaled(sum, weight[i], x);
+// Weighted sums of the partial results of up to 16 rows; `write(row, column, sum)` takes four
+// columns. Part i of row r: o + r * row_stride + i * part_stride, weight[r * parts + i]. What has
+// no weight may never have been written. A thread has all its columns in flight.
+template <class Traits, class Write>
+__device__ __forceinline__ void add_parts(const float* o, int64_t row_stride, int64_t part_stride,
+                                          const float* weight, int rows, int parts, int dim_v,
+                                          const Write& write) {
+  constexpr int kQuads = Traits::kDimV / 4;
+  constexpr int kItems = static_cast<int>(kDecodeRows) * kQuads / Traits::kThreads;
+  constexpr int kRowsApart = Traits::kThreads / kQuads;
+  const int first_row = threadIdx.x / kQuads, col = threadIdx.x % kQuads * 4;
+  if (col >= dim_v) return;
+  float4 sum[kItems] = {};
+#pragma unroll 2
+  for (int i = 0; i < parts; ++i) {
+    float4 x[kItems] = {};
+    float w[kItems] = {};
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int row = first_row + k * kRowsApart;
+      if (row < rows) w[k] = weight[row * parts + i];
+      if (w[k] != 0.f) {
+        x[k] =
+            __ldcg(reinterpret_cast<const float4*>(o + row * row_stride + i * part_stride + col));
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) add_scaled(sum[k], w[k], x[k]);
   }
-  return sum;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    const int row = first_row + k * kRowsApart;
+    if (row < rows) write(row, col, sum[k]);
+  }
 }
 
-// The splits of the compressed branch become part 0 of each row. `weights`: shared memory, a float a
-// (row, split).
+// The splits of the compressed branch become part 0 of each row. `weights`: shared memory, a float
+// a (row, split).
+template <class Traits>
 __device__ __forceinline__ void combine_compressed(const DecodeArgs& p, const DecodeTile& tile,
                                                    int splits, float* weights) {
   const PartialRows out = part_rows(p, tile, 0);
-  const int lane = threadIdx.x % kWarpSize, rows = unit_rows(p);
+  const int rows = unit_rows(p), thread = threadIdx.x;
   const int64_t first = static_cast<int64_t>(tile.unit) * p.cmp_splits * rows + tile.row;
-  for (int i = threadIdx.x; i < tile.num_rows * splits; i += blockDim.x) {
+  for (int i = thread; i < tile.num_rows * splits; i += Traits::kThreads) {
     const int split = i / tile.num_rows, row = i - split * tile.num_rows;
     weights[row * splits + split] = __ldcg(p.cmp_lse + first + split * rows + row);
   }
   __syncthreads();
-  for (int row = threadIdx.x / kWarpSize; row < tile.num_rows; row += blockDim.x / kWarpSize) {
-    const float lse = weigh_parts(weights + row * splits, splits, 1.f, lane);
-    if (lane == 0) out.lse[row * out.lse_stride] = lse;
+  if (thread < tile.num_rows) {
+    out.lse[thread * out.lse_stride] = weigh_parts(weights + thread * splits, splits, 1.f);
   }
   __syncthreads();
-  const int quads = p.head_dim_v / 4;
-  for (int i = threadIdx.x; i < tile.num_rows * quads; i += blockDim.x) {
-    const int row = i / quads, col = (i - row * quads) * 4;
-    *reinterpret_cast<float4*>(out.o + row * out.o_stride + col) =
-        add_parts(p.cmp_o + (first + row) * p.head_dim_v + col,
-                  static_cast<int64_t>(rows) * p.head_dim_v, weights + row * splits, splits);
-  }
+  add_parts<Traits>(p.cmp_o + first * p.head_dim_v, p.head_dim_v,
+                    static_cast<int64_t>(rows) * p.head_dim_v, weights, tile.num_rows, splits,
+                    p.head_dim_v, [&](int row, int col, const float4& x) {
+                      *reinterpret_cast<float4*>(out.o + row * out.o_stride + col) = x;
+                    });
 }
 
 template <class Element>
@@ -120,81 +148,96 @@ __device__ __forceinline__ float gate_value(const DecodeArgs& p, int64_t token, 
   return p.has_sigmoid ? 1.f / (1.f + exp2_approx(-x * kLog2E)) : x;
 }
 
-// Adds the branches of `rows` heads of one query, from `first_head` of the group on. `weights`: shared
-// memory, a float a (row, part).
-template <class Element>
+// The branches of a row among its partial results, in the order of the gates.
+struct BranchParts {
+  int first, count;
+};
+
+__device__ __forceinline__ BranchParts branch_parts(const DecodeArgs& p, int branch) {
+  if (!p.is_nsa) return {0, p.parts};
+  if (branch == 0) return {0, 1};
+  if (branch == 1) return {1 + p.win_splits, p.sel_splits};
+  return {1, p.win_splits};
+}
+
+// Adds the branches of `rows` heads of one query, from `first_head` of the group on. `weights`:
+// shared memory, a float a (row, part).
+template <class Traits>
 __device__ __forceinline__ void write_heads(const DecodeArgs& p, const DecodeTile& tile, int query,
                                             int64_t token, int first_head, int rows,
                                             float* weights) {
-  const int lane = threadIdx.x % kWarpSize, parts = p.parts;
-  const int head = tile.kv_head * p.group + first_head;
+  using Element = typename Traits::Element;
+  const int parts = p.parts, head = tile.kv_head * p.group + first_head;
   const int64_t first =
       static_cast<int64_t>(tile.unit) * unit_rows(p) + query * p.group + first_head;
-  for (int i = threadIdx.x; i < rows * parts; i += blockDim.x) {
+  // One thread a (row, branch) from here to its weights.
+  const int row = static_cast<int>(threadIdx.x) % static_cast<int>(kDecodeRows);
+  const int branch = threadIdx.x / kDecodeRows;
+  const bool is_branch = row < rows && branch < (p.is_nsa ? 3 : 1);
+  float gate = 1.f;
+  if (is_branch && p.is_nsa) gate = gate_value<Element>(p, token, head + row, branch);
+  for (int i = threadIdx.x; i < rows * parts; i += Traits::kThreads) {
     weights[i] = __ldcg(p.part_lse + first * parts + i);
   }
   __syncthreads();
-  for (int row = threadIdx.x / kWarpSize; row < rows; row += blockDim.x / kWarpSize) {
-    float* w = weights + row * parts;
-    if (p.is_nsa) {
-      const float gate_cmp = gate_value<Element>(p, token, head + row, 0);
-      const float gate_sel = gate_value<Element>(p, token, head + row, 1);
-      const float gate_win = gate_value<Element>(p, token, head + row, 2);
-      weigh_parts(w, 1, gate_cmp, lane);
-      weigh_parts(w + 1, p.win_splits, gate_win, lane);
-      weigh_parts(w + 1 + p.win_splits, p.sel_splits, gate_sel, lane);
-    } else {
-      const float lse = weigh_parts(w, parts, 1.f, lane);
-      if (lane == 0) {
-        static_cast<float*>(p.lse.data)[(head + row) * p.lse.head_stride + token] = lse;
-      }
+  if (is_branch) {
+    const BranchParts at = branch_parts(p, branch);
+    const float lse = weigh_parts(weights + row * parts + at.first, at.count, gate);
+    if (!p.is_nsa) {
+      static_cast<float*>(p.lse.data)[(head + row) * p.lse.head_stride + token] = lse;
     }
   }
   __syncthreads();
-  const int quads = p.head_dim_v / 4;
-  for (int i = threadIdx.x; i < rows * quads; i += blockDim.x) {
-    const int row = i / quads, col = (i - row * quads) * 4;
-    const float4 x = add_parts(p.part_o + (first + row) * parts * p.head_dim_v + col, p.head_dim_v,
-                               weights + row * parts, parts);
-    Element* out = static_cast<Element*>(p.o.data) + token * p.o.token_stride +
-                   (head + row) * p.o.head_stride + col;
-    *reinterpret_cast<uint2*>(out) = {pack_pair<Element>(x.x, x.y), pack_pair<Element>(x.z, x.w)};
-  }
+  Element* out = static_cast<Element*>(p.o.data) + token * p.o.token_stride;
+  add_parts<Traits>(p.part_o + first * parts * p.head_dim_v,
+                    static_cast<int64_t>(parts) * p.head_dim_v, p.head_dim_v, weights, rows, parts,
+                    p.head_dim_v, [&](int r, int col, const float4& x) {
+                      *reinterpret_cast<uint2*>(out + (head + r) * p.o.head_stride + col) = {
+                          pack_pair<Element>(x.x, x.y), pack_pair<Element>(x.z, x.w)};
+                    });
   __syncthreads();  // the weights may be written again
 }
 
 // A CTA has written its part of queries [first, end): whoever comes last adds the branches.
-template <class Element>
+template <class Traits>
 __device__ __forceinline__ void finish_queries(const DecodeArgs& p, const BranchGrid& grid,
                                                const DecodeTile& tile, int token, int first,
-                                               int end, bool* is_last, float* weights) {
+                                               int end, BranchShared& shared, float* weights) {
   __threadfence();
   __syncthreads();
   const int query = first + static_cast<int>(threadIdx.x);
   if (query < end) {
     const int before = atomicAdd(p.counters + tile.unit * p.max_q + query, 1);
-    is_last[threadIdx.x] = before == num_arrivals(p, grid, query) - 1;
+    shared.is_last[threadIdx.x] = before == num_arrivals(p, grid, query) - 1;
   }
   __syncthreads();
   for (int i = first; i < end; ++i) {
-    if (!is_last[i - first]) continue;
+    if (!shared.is_last[i - first]) continue;
     __threadfence();
     for (int head = 0; head < p.group; head += static_cast<int>(kDecodeRows)) {
-      write_heads<Element>(p, tile, i, token + i, head,
-                           min(p.group - head, static_cast<int>(kDecodeRows)), weights);
+      write_heads<Traits>(p, tile, i, token + i, head,
+                          min(p.group - head, static_cast<int>(kDecodeRows)), weights);
     }
   }
 }
 
-// The chunks of this CTA's entries of a row of topk_idx. A row of the caller's is a set: entries that are
-// not a block of the sequence and repeated ones do not count. Called by the first warp.
+// Brings a sequence's row of the block table to L2 while the selection is not there yet.
+__device__ __forceinline__ void touch_pages(const PageTable& table, int seq) {
+  constexpr int kLine = 128 / sizeof(int32_t);
+  const int slot = static_cast<int>(threadIdx.x) * kLine;
+  if (slot < table.max_pages) prefetch_l2(table.pages + seq * table.seq_stride + slot);
+}
+
+// The chunks of this CTA's entries of a row of topk_idx. A row of the caller's is a set: entries
+// that are not a block of the sequence and repeated ones do not count. Called by the first warp.
 __device__ __forceinline__ void list_selected(const DecodeArgs& p, const DecodeSequence& s,
                                               const int32_t* entries, int seq, int split,
-                                              int position, int* row, DecodeShared& shared) {
+                                              int position, BranchShared& shared) {
   const int lane = threadIdx.x % kWarpSize;
   const int per_entry = p.block_size / kDecodeChunk;
   const int at = split * p.sel_entries + lane / per_entry;
   bool is_chunk = lane < p.sel_entries * per_entry && at < p.topk;
+  int* const row = shared.entries;
   // The rows of decode_select hold no block twice.
   const int first_entry = p.is_nsa ? split * p.sel_entries : 0;
   const int end_entry = min((split + 1) * p.sel_entries, p.topk);
@@ -225,9 +268,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   using Element = typename Traits::Element;
   constexpr int kRows = static_cast<int>(kDecodeRows);
   extern __shared__ __align__(1024) unsigned char smem[];
-  __shared__ DecodeShared shared;
-  __shared__ bool is_last[kRows];
-  __shared__ int entry_row[kDecodeMaxTopk];
+  __shared__ BranchShared shared;
   float* const weights = reinterpret_cast<float*>(smem);
   static_assert(kRows * kDecodeMaxParts * sizeof(float) <= Traits::kSmemBytes);
   allow_next_kernel();
@@ -238,8 +279,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
 
   const bool is_early = static_cast<int>(blockIdx.x) < units * grid.early;
   const int index = is_early ? blockIdx.x : blockIdx.x - units * grid.early;
-  // Heads are the fastest index of the window, so that neighbours read the same pages; the selected blocks
-  // of each head are its own.
+  // Heads are the fastest index of the window, so that neighbours read the same pages; the
+  // selected blocks of each head are its own.
   const int per_unit = is_early ? grid.early : grid.late;
   DecodeTile tile;
   tile.seq = index / (per_unit * p.heads_kv);
@@ -266,10 +307,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   const int last_query = (tile.row + tile.num_rows - 1) / p.group;
 
   if (is_early && part == 0) {
-    combine_compressed(p, tile, ceil_div(s.num_cmp, p.cmp_split), weights);
+    combine_compressed<Traits>(p, tile, ceil_div(s.num_cmp, p.cmp_split), weights);
   } else {
     KeyInterval seen[2];
-    load_queries<Traits>(p, tile, s.token, q_tile);
+    load_queries<Traits, Traits::kThreads>(p, tile, s.token, q_tile, thread);
+    cp_async_commit();
     if (is_early) {
       const int position = s.position + first_query;
       const int begin =
@@ -286,25 +328,31 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
         seen[i] = {t - p.window_size, min(t, end - 1)};
       }
     } else {
+      touch_pages(p.cache.table, tile.seq);
       wait_for_previous_kernel();
       const int t = s.position + first_query;
       if (thread < kWarpSize) {
         const int32_t* entries = p.topk_idx + tile.kv_head * p.topk_head_stride +
                                  static_cast<int64_t>(s.token + first_query) * p.topk_token_stride;
-        list_selected(p, s, entries, tile.seq, part - (p.parts - p.sel_splits), t, entry_row,
-                      shared);
+        list_selected(p, s, entries, tile.seq, part - (p.parts - p.sel_splits), t, shared);
       }
       seen[0] = seen[1] = {0, min(t, s.num_keys - 1)};
     }
     __syncthreads();
     DecodeResult<Traits> result;
     const auto head = paged_head<Element>(p, p.cache, tile.kv_head, s.num_keys);
-    attend(result, shared, head, seen, p.softmax_scale * kLog2E, q_tile, l2_evict_first(),
-           [](int, const float(&)[2][4]) {});
-    write_partial(result, shared, q_tile, smem, part_rows(p, tile, part), tile.num_rows,
-                  p.head_dim_v);
+    const uint64_t policy = l2_evict_first();
+    ChunkRing<Traits> ring{q_tile + 2 * Traits::kQBytes + thread / kWarpSize * Traits::kWarpBytes};
+    start_chunks(head, shared.chunks, shared.num_chunks, ring, policy);
+    cp_async_wait<Traits::kStages - 1>();
+    __syncthreads();  // the queries have landed
+    attend(result, head, shared.chunks, shared.num_chunks, seen, p.softmax_scale * kLog2E, q_tile,
+           ring, policy, [](int, const float(&)[2][4]) {});
+    leave_result(result, ring, shared.results);
+    __syncthreads();
+    combine_results<Traits>(shared.results, part_rows(p, tile, part), tile.num_rows, p.head_dim_v);
   }
-  finish_queries<Element>(p, grid, tile, s.token, first_query, last_query + 1, is_last, weights);
+  finish_queries<Traits>(p, grid, tile, s.token, first_query, last_query + 1, shared, weights);
 }
 
 }  // namespace fsattn

@@ -2,11 +2,13 @@
 //
 // Math     s = q K_c^T over the visible compressed keys of a split; o = softmax(scale s) V_c, lse.
 // Shapes   16 rows (query tokens x heads of a group) x kDecodeSplit compressed keys a work item.
-// Order    CTAs that stay: they take items in turn, so that a grid sized for the longest sequence that
-//          may come costs nothing while sequences are short, and long ones spread over all SMs.
-//          Items of the heads of one split are neighbours: they read the same pages.
-// Memory   per item K_c and V_c once (256 KB at head_dim 128); writes 4 bytes a (row, key) of scores
-//          and an fp32 output row a split.
+// Order    CTAs that stay: they take items in turn, so that a grid sized for the longest sequence
+//          that may come costs nothing while sequences are short, and long ones spread over all
+//          SMs. Items of the heads of one split are neighbours: they read the same pages.
+// Roles    four warps compute; a fifth finds the next item, its pages and its queries, so that its
+//          first chunks are on their way before the results of this one are combined.
+// Memory   per item K_c and V_c once (256 KB at head_dim 128); writes 4 bytes a (row, key) of
+//          scores and an fp32 output row a split.
 // Bound    HBM. Two CTAs an SM keep 128 KB of copies in flight.
 // Numbers  scores, statistics, partial outputs fp32. A split's bits depend on its sequence alone.
 #pragma once
@@ -82,71 +84,144 @@ __device__ __forceinline__ CompressedItem find_item(const DecodeArgs& p,
   return found;
 }
 
+// Beside the dynamic shared memory. Two of everything that a work item needs: the next one is
+// prepared while this one runs.
+template <int kThreads>
+struct CompressedShared {
+  ItemIndex<kThreads> index;
+  CompressedItem work[2];
+  KeyChunk chunks[2][kDecodeMaxChunks];
+  int num_chunks[2];
+  WarpResults results;
+};
+
+// What one warp prepares: the item, where its keys lie, its queries.
+template <class Traits, int kThreads>
+__device__ __forceinline__ void prepare_item(const DecodeArgs& p,
+                                             CompressedShared<kThreads>& shared, int item,
+                                             int buffer, uint32_t q_tile) {
+  const int lane = threadIdx.x % kWarpSize;
+  const CompressedItem work = find_item(p, shared.index, item);
+  load_queries<Traits, kWarpSize>(p, work.tile, work.seq.token, q_tile, lane);
+  cp_async_commit();
+  const int first_key = work.split * p.cmp_split;
+  const int keys = min(work.seq.num_cmp - first_key, p.cmp_split);
+  if (lane * kDecodeChunk < keys) {
+    shared.chunks[buffer][lane] =
+        find_chunk(p.cmp.table, work.tile.seq, first_key + lane * kDecodeChunk);
+  }
+  if (lane == 0) {
+    shared.work[buffer] = work;
+    shared.num_chunks[buffer] = ceil_div(keys, kDecodeChunk);
+  }
+  cp_async_wait<0>();
+}
+
+// Attends to one item and leaves the warp's result in shared memory.
+template <class Traits, int kThreads>
+__device__ __forceinline__ void attend_item(const DecodeArgs& p, CompressedShared<kThreads>& shared,
+                                            int buffer, uint32_t q_tile, ChunkRing<Traits>& ring,
+                                            uint64_t policy) {
+  const int lane = threadIdx.x % kWarpSize;
+  const CompressedItem& work = shared.work[buffer];
+  const DecodeTile& tile = work.tile;
+  KeyInterval seen[2];
+  float* scores[2];
+  const int64_t unit_row = static_cast<int64_t>(tile.unit) * unit_rows(p) + tile.row;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = lane / 4 + 8 * i;
+    const int query = (tile.row + row) / p.group;
+    seen[i] = {0, min(p.cmp_band.last_key(work.seq.position + query), work.seq.num_cmp - 1)};
+    scores[i] = row < tile.num_rows ? p.scores + (unit_row + row) * p.scores_pitch : nullptr;
+  }
+  const auto keep_scores = [&](int key, const float(&s)[2][4]) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (scores[i] == nullptr) continue;
+        *reinterpret_cast<float2*>(scores[i] + key + n * 8 + lane % 4 * 2) = {s[n][2 * i],
+                                                                              s[n][2 * i + 1]};
+      }
+    }
+  };
+  DecodeResult<Traits> result;
+  const auto head = paged_head<typename Traits::Element>(p, p.cmp, tile.kv_head, work.seq.num_cmp);
+  attend(result, head, shared.chunks[buffer], shared.num_chunks[buffer], seen,
+         p.softmax_scale * kLog2E, q_tile, ring, policy, keep_scores);
+  leave_result(result, ring, shared.results);
+}
+
+template <class Traits, int kThreads>
+__device__ __forceinline__ void start_item(const DecodeArgs& p,
+                                           const CompressedShared<kThreads>& shared, int buffer,
+                                           const ChunkRing<Traits>& ring, uint64_t policy) {
+  const CompressedItem& work = shared.work[buffer];
+  start_chunks(paged_head<typename Traits::Element>(p, p.cmp, work.tile.kv_head, work.seq.num_cmp),
+               shared.chunks[buffer], shared.num_chunks[buffer], ring, policy);
+}
+
+template <class Traits, int kThreads>
+__device__ __forceinline__ void write_item(const DecodeArgs& p,
+                                           const CompressedShared<kThreads>& shared, int buffer) {
+  const CompressedItem& work = shared.work[buffer];
+  const DecodeTile& tile = work.tile;
+  const int64_t first_row =
+      (static_cast<int64_t>(tile.unit) * p.cmp_splits + work.split) * unit_rows(p) + tile.row;
+  combine_results<Traits>(
+      shared.results,
+      PartialRows{p.cmp_o + first_row * p.head_dim_v, p.cmp_lse + first_row, p.head_dim_v, 1},
+      tile.num_rows, p.head_dim_v);
+}
+
 }  // namespace device
 
+// Four warps that compute and one that prepares the next item.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
+inline constexpr int kCompressedThreads = Traits::kThreads + device::kWarpSize;
+
+template <class Traits>
+__global__ void __launch_bounds__(kCompressedThreads<Traits>, Traits::kMinCtas)
     decode_compressed_kernel(const __grid_constant__ DecodeArgs p) {
   using namespace device;
+  constexpr int kThreads = kCompressedThreads<Traits>;
   extern __shared__ __align__(1024) unsigned char smem[];
-  __shared__ DecodeShared shared;
-  __shared__ ItemIndex<Traits::kThreads> index;
+  __shared__ CompressedShared<kThreads> shared;
   wait_for_previous_kernel();
   // Not before: what the next kernels read early, lengths and queries, is then complete.
   allow_next_kernel();
-  const int thread = threadIdx.x, lane = thread % kWarpSize;
-  const uint32_t q_tile = smem_address(smem);
-  const uint64_t policy = l2_evict_first();
-  for (int i = blockIdx.x * Traits::kThreads + thread; i < p.batch * p.heads_kv * p.max_q;
-       i += gridDim.x * Traits::kThreads) {
+  const int thread = threadIdx.x, warp = thread / kWarpSize;
+  for (int i = blockIdx.x * kThreads + thread; i < p.batch * p.heads_kv * p.max_q;
+       i += gridDim.x * kThreads) {
     p.counters[i] = 0;
   }
-  build_item_index(p, index);
+  build_item_index(p, shared.index);
+  const int total = shared.index.total, first = blockIdx.x, step = gridDim.x;
+  if (first >= total) return;
 
-  for (int item = blockIdx.x; item < index.total; item += gridDim.x) {
-    const CompressedItem work = find_item(p, index, item);
-    const DecodeTile& tile = work.tile;
-    const int first_key = work.split * p.cmp_split;
-    const int keys = min(work.seq.num_cmp - first_key, p.cmp_split);
-    load_queries<Traits>(p, tile, work.seq.token, q_tile);
-    if (thread < kDecodeMaxChunks && thread * kDecodeChunk < keys) {
-      shared.chunks[thread] = find_chunk(p.cmp.table, tile.seq, first_key + thread * kDecodeChunk);
+  const bool prepares = warp == Traits::kWarps;
+  const uint32_t q_tile = smem_address(smem);
+  const uint64_t policy = l2_evict_first();
+  ChunkRing<Traits> ring{q_tile + 2 * Traits::kQBytes + warp * Traits::kWarpBytes};
+  if (prepares) prepare_item<Traits>(p, shared, first, 0, q_tile);
+  __syncthreads();
+  if (!prepares) start_item(p, shared, 0, ring, policy);
+  for (int item = first, buffer = 0; item < total; item += step, buffer ^= 1) {
+    const bool has_more = item + step < total;
+    if (!prepares) {
+      attend_item(p, shared, buffer, q_tile + buffer * Traits::kQBytes, ring, policy);
+    } else if (has_more) {
+      prepare_item<Traits>(p, shared, item + step, buffer ^ 1,
+                           q_tile + (buffer ^ 1) * Traits::kQBytes);
     }
-    if (thread == 0) shared.num_chunks = ceil_div(keys, kDecodeChunk);
-    __syncthreads();
-    KeyInterval seen[2];
-    float* scores[2];
-    const int64_t unit_row = static_cast<int64_t>(tile.unit) * unit_rows(p) + tile.row;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = lane / 4 + 8 * i;
-      const int query = (tile.row + row) / p.group;
-      seen[i] = {0, p.cmp_band.last_key(work.seq.position + query)};
-      if (seen[i].last >= work.seq.num_cmp) seen[i].last = work.seq.num_cmp - 1;
-      scores[i] = row < tile.num_rows ? p.scores + (unit_row + row) * p.scores_pitch : nullptr;
+    __syncthreads();  // the results and the next item are there
+    if (!prepares) {
+      // Copies for the next item run while this one's results are combined.
+      if (has_more) start_item(p, shared, buffer ^ 1, ring, policy);
+      write_item<Traits>(p, shared, buffer);
     }
-    const auto keep_scores = [&](int key, const float(&s)[2][4]) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (scores[i] == nullptr) continue;
-          *reinterpret_cast<float2*>(scores[i] + key + n * 8 + lane % 4 * 2) = {s[n][2 * i],
-                                                                                s[n][2 * i + 1]};
-        }
-      }
-    };
-    DecodeResult<Traits> result;
-    const auto head =
-        paged_head<typename Traits::Element>(p, p.cmp, tile.kv_head, work.seq.num_cmp);
-    attend(result, shared, head, seen, p.softmax_scale * kLog2E, q_tile, policy, keep_scores);
-    const int64_t first_row =
-        (static_cast<int64_t>(tile.unit) * p.cmp_splits + work.split) * unit_rows(p) + tile.row;
-    write_partial(
-        result, shared, q_tile, smem,
-        PartialRows{p.cmp_o + first_row * p.head_dim_v, p.cmp_lse + first_row, p.head_dim_v, 1},
-        tile.num_rows, p.head_dim_v);
-    __syncthreads();  // the next item reuses the memory
+    __syncthreads();  // the stages that held the results are free
   }
 }
 

@@ -10,8 +10,8 @@
 
 namespace fsattn {
 
-// A kernel may start before the one in front of it ends where `overlaps` says so (sm_90). It then waits
-// itself for what it reads.
+// A kernel may start before the one in front of it ends where `overlaps` says so (sm_90). It then
+// waits itself for what it reads.
 template <class... Params>
 void launch_decode_kernel(void (*kernel)(Params...), int64_t ctas, int threads, int smem,
                           bool overlaps, Stream stream, const Params&... params) {
@@ -147,7 +147,7 @@ inline void launch_decode_select(const DecodeArgs& args, bool overlaps, Stream s
                          stream, args);
     return;
   }
-  const int64_t steps = ceil_div(args.max_blocks, device::blocks_a_step(args));
+  const int64_t steps = ceil_div(args.max_blocks, device::blocks_a_step(args, kDecodePoolKeys));
   launch_decode_kernel(decode_pool_kernel<kThreads>, queries * steps, kThreads, 0, overlaps, stream,
                        args);
   launch_decode_kernel(decode_select_kernel<kThreads, true>, queries, kThreads, smem, overlaps,
@@ -166,7 +166,7 @@ void launch_paged_attn(const PagedAttnParams& params, Stream stream) {
   launch_decode_kernel(
       decode_compressed_kernel<Traits>,
       std::max(std::min(items, int64_t{device.num_sms} * Traits::kMinCtas), int64_t{1}),
-      Traits::kThreads, Traits::kSmemBytes, device.has_overlap, stream, args);
+      kCompressedThreads<Traits>, Traits::kSmemBytes, device.has_overlap, stream, args);
   launch_decode_select(args, device.has_overlap, stream);
   launch_decode_branches<kConfig>(args, device.has_overlap, stream);
 }

@@ -1,11 +1,13 @@
 // decode_select: the blocks of one query from the scores that decode_compressed left behind.
 //
-// Math     as select_blocks: p = exp(scale s - lse) summed over the heads of the group, block score =
-//          sum of p * overlap / d, forced blocks, the topk best, ties to the lowest index, ascending.
-// Tiles    one CTA per (sequence, KV head, query). Windows in steps of kDecodeSelectKeys through shared
-//          memory, the scores of all blocks that compete in shared memory.
-// Ranking  the bits of the worst score that is taken are found from the top, two at a time, by counting
-//          over the CTA; equal scores are taken in the order of their index. Exact and deterministic.
+// Math     as select_blocks: p = exp(scale s - lse) summed over the heads of the group, block
+//          score = sum of p * overlap / d, forced blocks, the topk best, ties to the lowest index,
+//          ascending.
+// Tiles    one CTA per (sequence, KV head, query). Windows in steps of kDecodeSelectKeys through
+//          shared memory, the scores of all blocks that compete in shared memory.
+// Ranking  the bits of the worst score that is taken are found from the top, two at a time, by
+//          counting over the CTA; equal scores are taken in the order of their index. Exact and
+//          deterministic.
 // Long     from kDecodePooledBlocks blocks on decode_pool scores them first, one CTA a step.
 // Bound    latency: scores from L2, then 5 to 16 rounds of counting.
 #pragma once
@@ -44,40 +46,60 @@ __device__ __forceinline__ Competition find_competition(const DecodeArgs& p, int
 // The lse of each head over all splits, by one warp a head.
 __device__ __forceinline__ void combine_lse(const DecodeArgs& p, int64_t unit, int row, int splits,
                                             float* lse_log2) {
+  constexpr int kHeld = 4;  // of the lse of a lane; more are read twice
   const int lane = threadIdx.x % kWarpSize;
   for (int g = threadIdx.x / kWarpSize; g < p.group; g += kDecodeSelectThreads / kWarpSize) {
     const float* from = p.cmp_lse + unit * p.cmp_splits * unit_rows(p) + row + g;
-    float top = -INFINITY, sum = 0.f;
-    for (int s = lane; s < splits; s += kWarpSize)
-      top = fmaxf(top, __ldcg(from + s * unit_rows(p)));
+    const auto load = [&](int s) {
+      return s < splits ? __ldcg(from + static_cast<int64_t>(s) * unit_rows(p)) : -INFINITY;
+    };
+    float held[kHeld], top = -INFINITY, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) held[i] = load(lane + i * kWarpSize);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) top = fmaxf(top, held[i]);
+    for (int s = lane + kHeld * kWarpSize; s < splits; s += kWarpSize) top = fmaxf(top, load(s));
+#pragma unroll
     for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, d));
-    for (int s = lane; s < splits; s += kWarpSize) {
-      const float lse = __ldcg(from + s * unit_rows(p));
-      sum += top == -INFINITY ? 0.f : exp2_approx((lse - top) * kLog2E);
+    const float shift = top == -INFINITY ? 0.f : top;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) sum += exp2_approx((held[i] - shift) * kLog2E);
+    for (int s = lane + kHeld * kWarpSize; s < splits; s += kWarpSize) {
+      sum += exp2_approx((load(s) - shift) * kLog2E);
     }
+#pragma unroll
     for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kFullMask, sum, d);
     if (lane == 0) lse_log2[g] = top == -INFINITY ? -INFINITY : fmaf(top, kLog2E, log2_approx(sum));
   }
 }
 
-// Probability of four windows, over the heads of the group as group_reduce says.
-__device__ __forceinline__ float4 group_probability(const DecodeArgs& p, const float* scores,
-                                                    const float* lse_log2) {
+// Probabilities of four windows at each of two places, over the heads of the group as group_reduce
+// says. The second place is kDecodeSelectThreads vectors behind the first: more loads in flight.
+__device__ __forceinline__ void group_probability(const DecodeArgs& p, const float* scores,
+                                                  const float* lse_log2, bool has_second,
+                                                  float4 (&sum)[2]) {
   const float scale = p.softmax_scale * kLog2E;
   const int heads = p.group_reduce == GroupReduce::kFirstHead ? 1 : p.group;
   const bool takes_max = p.group_reduce == GroupReduce::kMax;
-  float4 sum{};
-#pragma unroll 8
+#pragma unroll 4
   for (int g = 0; g < heads; ++g) {
-    const float4 s = __ldcg(reinterpret_cast<const float4*>(scores + g * p.scores_pitch));
-    const float4 x{
-        exp2_approx(fmaf(s.x, scale, -lse_log2[g])), exp2_approx(fmaf(s.y, scale, -lse_log2[g])),
-        exp2_approx(fmaf(s.z, scale, -lse_log2[g])), exp2_approx(fmaf(s.w, scale, -lse_log2[g]))};
-    sum = takes_max
-              ? float4{fmaxf(sum.x, x.x), fmaxf(sum.y, x.y), fmaxf(sum.z, x.z), fmaxf(sum.w, x.w)}
-              : float4{sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+    const float4* from = reinterpret_cast<const float4*>(scores + g * p.scores_pitch);
+    float4 s[2] = {__ldcg(from), {}};
+    if (has_second) s[1] = __ldcg(from + kDecodeSelectThreads);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 x{exp2_approx(fmaf(s[i].x, scale, -lse_log2[g])),
+                     exp2_approx(fmaf(s[i].y, scale, -lse_log2[g])),
+                     exp2_approx(fmaf(s[i].z, scale, -lse_log2[g])),
+                     exp2_approx(fmaf(s[i].w, scale, -lse_log2[g]))};
+      if (takes_max) {
+        sum[i] = {fmaxf(sum[i].x, x.x), fmaxf(sum[i].y, x.y), fmaxf(sum[i].z, x.z),
+                  fmaxf(sum[i].w, x.w)};
+      } else {
+        sum[i] = {sum[i].x + x.x, sum[i].y + x.y, sum[i].z + x.z, sum[i].w + x.w};
+      }
+    }
   }
-  return sum;
 }
 
 // Score of the block whose first window is `first`; window w is prob[w - origin].
@@ -120,28 +142,33 @@ __device__ __forceinline__ SelectQuery find_query(const DecodeArgs& p, int index
   return q;
 }
 
-// Blocks whose windows fit a step of kDecodeSelectKeys.
-__host__ __device__ inline int blocks_a_step(const DecodeArgs& p) {
+// Blocks whose windows fit a step of `keys` windows.
+__host__ __device__ inline int blocks_a_step(const DecodeArgs& p, int64_t keys) {
   const int overlap = p.cmp_band.size / p.cmp_band.stride;
-  return (static_cast<int>(kDecodeSelectKeys) - (overlap - 1) - 3) /
-         (p.block_size / p.cmp_band.stride);
+  return (static_cast<int>(keys) - (overlap - 1) - 3) / (p.block_size / p.cmp_band.stride);
 }
 
-// Scores of the competing blocks base .. base + blocks_a_step() - 1 as integers in score order; 0 ranks
-// below every score.
+// Scores of the competing blocks base .. base + step - 1 as integers in score order; 0
+// ranks below every score.
 __device__ __forceinline__ void score_step(const DecodeArgs& p, const SelectQuery& q, int base,
-                                           const float* lse_log2, float* prob, uint32_t* score) {
+                                           int step, const float* lse_log2, float* prob,
+                                           uint32_t* score) {
   const int overlap = p.cmp_band.size / p.cmp_band.stride;
   const int per_block = p.block_size / p.cmp_band.stride;
   const int visible = min(p.cmp_band.last_key(q.position) + 1, q.s.num_cmp);
   const float* scores =
       p.scores + (static_cast<int64_t>(q.unit) * unit_rows(p) + q.query * p.group) * p.scores_pitch;
-  const int blocks = min(blocks_a_step(p), q.c.count - base);
+  const int blocks = min(step, q.c.count - base);
   const int first = (q.c.num_init + base) * per_block;
   const int origin = max(first - (overlap - 1), 0) & ~3;
   const int end = min(first + blocks * per_block, visible);
-  for (int w = origin + static_cast<int>(threadIdx.x) * 4; w < end; w += kDecodeSelectThreads * 4) {
-    *reinterpret_cast<float4*>(prob + w - origin) = group_probability(p, scores + w, lse_log2);
+  constexpr int kApart = kDecodeSelectThreads * 4;
+  for (int w = origin + static_cast<int>(threadIdx.x) * 4; w < end; w += 2 * kApart) {
+    const bool has_second = w + kApart < end;
+    float4 sum[2] = {};
+    group_probability(p, scores + w, lse_log2, has_second, sum);
+    *reinterpret_cast<float4*>(prob + w - origin) = sum[0];
+    if (has_second) *reinterpret_cast<float4*>(prob + w + kApart - origin) = sum[1];
   }
   __syncthreads();
   for (int i = threadIdx.x; i < blocks; i += kDecodeSelectThreads) {
@@ -211,8 +238,8 @@ __device__ __forceinline__ uint32_t find_threshold(const uint32_t* score, int co
   return threshold;
 }
 
-// Writes the blocks above the threshold and the first ones at it, ascending. `masks` holds two words
-// for every 32 blocks.
+// Writes the blocks above the threshold and the first ones at it, ascending. `masks` holds two
+// words for every 32 blocks.
 __device__ __forceinline__ void write_winners(const uint32_t* score, const Competition& c,
                                               uint32_t threshold, uint2* masks, int32_t* out) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -252,24 +279,24 @@ __device__ __forceinline__ void write_winners(const uint32_t* score, const Compe
 
 }  // namespace device
 
-// Long sequences: one CTA a step of windows, so that one CTA a query does not have to read them all.
-// Templates, so that the rows that launch them share one.
+// Long sequences: one CTA a step of windows, so that one CTA a query does not have to read them
+// all. Templates, so that the rows that launch them share one.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 2)
     decode_pool_kernel(const __grid_constant__ DecodeArgs p) {
   using namespace device;
   static_assert(kThreads == kDecodeSelectThreads);
-  __shared__ __align__(16) float prob[kDecodeSelectKeys];
+  __shared__ __align__(16) float prob[kDecodePoolKeys];
   __shared__ float lse_log2[kDecodeMaxGroup];
-  const int steps = ceil_div(p.max_blocks, blocks_a_step(p)), index = blockIdx.x / steps;
-  const int base = (blockIdx.x - index * steps) * blocks_a_step(p);
+  const int step = blocks_a_step(p, kDecodePoolKeys), steps = ceil_div(p.max_blocks, step);
+  const int index = blockIdx.x / steps, base = (blockIdx.x - index * steps) * step;
   const SelectQuery q = find_query(p, index);
   wait_for_previous_kernel();
   allow_next_kernel();
   if (!q.is_query || q.c.count <= q.c.room || base >= q.c.count) return;
   combine_lse(p, q.unit, q.query * p.group, ceil_div(q.s.num_cmp, p.cmp_split), lse_log2);
   __syncthreads();
-  score_step(p, q, base, lse_log2, prob, p.block_scores + index * p.block_scores_pitch);
+  score_step(p, q, base, step, lse_log2, prob, p.block_scores + index * p.block_scores_pitch);
 }
 
 template <int kThreads, bool kIsPooled>
@@ -304,8 +331,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   } else {
     combine_lse(p, q.unit, q.query * p.group, ceil_div(q.s.num_cmp, p.cmp_split), lse_log2);
     __syncthreads();
-    for (int base = 0; base < c.count; base += blocks_a_step(p)) {
-      score_step(p, q, base, lse_log2, prob, score);
+    const int step = blocks_a_step(p, kDecodeSelectKeys);
+    for (int base = 0; base < c.count; base += step) {
+      score_step(p, q, base, step, lse_log2, prob, score);
     }
   }
   const uint32_t threshold = find_threshold(score, c.count, c.room, sums);

@@ -13,6 +13,11 @@ __device__ __forceinline__ void cp_async_16_zero_fill(uint32_t dst, const void* 
                : "memory");
 }
 
+// Brings the line of an address to L2.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 __device__ __forceinline__ void cp_async_4(uint32_t dst, const void* src) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
 }
