@@ -138,7 +138,8 @@ class RotaryEmbedding(nn.Module):
         back to the host.
         """
         row = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-        sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+        # In the whole of cu_seqlens: Inductor of PyTorch 2.11 ignores the offset of cu_seqlens[1:].
+        sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1
         sequence = sequence.clamp(max=cu_seqlens.shape[0] - 2)
         position = start + (row - cu_seqlens[sequence]) * stride
         compute = torch.float64 if dtype == torch.float64 else torch.float32
