@@ -242,7 +242,7 @@ std::vector<Shape> all_shapes() {
       s.extra_keys = 5;
       both(s, 100);
     }
-  for (int g : {1, 3, 12, 16, 64}) {
+  for (int g : {1, 3, 8, 12, 16, 64}) {
     Shape s;
     s.heads_q = g * 2;
     s.len_q = s.len_k = {130, 333};

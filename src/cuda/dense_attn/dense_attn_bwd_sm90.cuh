@@ -8,7 +8,7 @@
 // Roles    two consumer warpgroups of 64 keys each: S^T and dP^T with both operands in shared
 //          memory, dV and dK with P^T and dS^T in registers. dS^T of both goes to shared memory; then
 //          each computes 64 of the 128 columns of the step's dQ. Two producer warps copy Q, dO, lse
-//          and delta. One thread adds the dQ of the step to the sum in global memory.
+//          and delta. Two threads add the dQ of a step to the sum in global memory.
 // Order    the CTAs that see the same queries add to their dQ in the order of their keys, each when
 //          the one before has announced that it is done: the result does not depend on timing. Work
 //          is numbered in the order in which CTAs start, so that a CTA waits for running ones alone.
