@@ -63,6 +63,7 @@ def test_graph_replay_grows(steps, counts, options):
     static = Static(case, case.at, counts, max(lens))
     saved = static.seqlens.clone()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         static.launch()  # warm up: lazy initialisation is not captured
     torch.cuda.current_stream().wait_stream(stream)
@@ -89,21 +90,26 @@ def test_module_in_a_graph():
     x = randn(sum(lens), 64, dtype=torch.bfloat16, device=DEVICE)
     cache = fsattn.PagedCache(32, 64, 2, 64, rope=True, device=DEVICE)
     sequences = [cache.allocate(), cache.allocate()]
+    num_same = 0
     with torch.no_grad():
-        truth = layer(x, cu_seqlens(lens, DEVICE))
+        truth, truth_ids = layer(x, cu_seqlens(lens, DEVICE), return_topk_idx=True)
         layer(torch.cat([x[:200], x[400:550]]), cache=cache.step(sequences, [200, 150]))
         step = cache.step(sequences, max_seqlen_k=512)
         token = torch.stack([x[200], x[550]])
         layer(token, cache=step)  # warm up
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = layer(token, cache=step)
+            y, ids = layer(token, cache=step, return_topk_idx=True)
         for t in range(199):
-            token.copy_(torch.stack([x[201 + t], x[551 + t]]))
+            rows = [201 + t, 551 + t]
+            token.copy_(x[rows])
             cache.step(sequences, out=step)
             graph.replay()
-            wanted = torch.stack([truth[201 + t], truth[551 + t]])
-            torch.testing.assert_close(y, wanted, atol=0.03, rtol=0.03)
+            # A near tie of two blocks may be decided another way: those rows are others.
+            same = (ids == truth_ids[:, rows]).all(-1).all(0)
+            torch.testing.assert_close(y[same], truth[rows][same], atol=0.03, rtol=0.03)
+            num_same += int(same.sum())
+    assert num_same > 0.95 * 2 * 199
 
 
 @pytest.mark.parametrize("counts", [1, 40])
