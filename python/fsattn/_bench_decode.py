@@ -8,6 +8,7 @@ which is its best case, flash_attn and FlashInfer from pages where they can be i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._bench_configs import CONFIGS, PUBLISHED, Config
 from ._bench_measure import Effort, Rates, measure, measure_rates
@@ -173,19 +175,41 @@ class Cache:
         return self.attend()
 
 
-def _torch_dense(shape: Shape, cache: Cache) -> Callable[[], Tensor]:
-    """scaled_dot_product_attention over [B, Hkv, T, D]; the heads of a group are its queries.
+def _contiguous(shape: Shape, cache: Cache) -> tuple[Tensor, Tensor]:
+    """k and v as [B, Hkv, T, dim]."""
+    pages = (x.unflatten(0, (shape.batch, -1)).transpose(1, 2) for x in (cache.k, cache.v))
+    k, v = (x.flatten(2, 3)[:, :, : shape.context] for x in pages)
+    return k, v
+
+
+def _torch_grouped(shape: Shape, cache: Cache) -> Callable[[], Tensor]:
+    """scaled_dot_product_attention; the heads of a group are queries of their KV head.
 
     New tokens see each other, which costs nothing more: several of them are as many queries.
     """
-    c = shape.config
-    k = cache.k.view(shape.batch, -1, c.heads_kv, shape.page_size, c.head_dim)
-    v = cache.v.view(shape.batch, -1, c.heads_kv, shape.page_size, c.head_dim_v)
-    k = k.transpose(1, 2).flatten(2, 3)[:, :, : shape.context]
-    v = v.transpose(1, 2).flatten(2, 3)[:, :, : shape.context]
-    q = cache.q.view(shape.batch, shape.new, c.heads_kv, -1, c.head_dim)
+    k, v = _contiguous(shape, cache)
+    q = cache.q.view(shape.batch, shape.new, shape.config.heads_kv, -1, shape.config.head_dim)
     q = q.transpose(1, 2).flatten(2, 3).contiguous()
     return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def _torch_gqa(shape: Shape, cache: Cache, backend: object = None) -> Callable[[], Tensor]:
+    """The same with enable_gqa, by `backend`; by PyTorch's own choice if None."""
+    k, v = _contiguous(shape, cache)
+    q = cache.q.view(shape.batch, shape.new, *cache.q.shape[1:]).transpose(1, 2)
+
+    def forward() -> Tensor:
+        chosen = contextlib.nullcontext() if backend is None else sdpa_kernel(backend)
+        with chosen:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    return forward
+
+
+def _torch_cudnn(shape: Shape, cache: Cache) -> Callable[[], Tensor]:
+    if shape.device.type != "cuda":
+        raise NotImplementedError("cuDNN is for CUDA")
+    return _torch_gqa(shape, cache, SDPBackend.CUDNN_ATTENTION)
 
 
 def _flash_attn_dense(shape: Shape, cache: Cache) -> Callable[[], Tensor]:
@@ -217,7 +241,9 @@ def _flashinfer_dense(shape: Shape, cache: Cache) -> Callable[[], Tensor]:
 
 
 _DENSE = {
-    "torch": _torch_dense,
+    "torch": _torch_grouped,
+    "torch gqa": _torch_gqa,
+    "torch cudnn": _torch_cudnn,
     "flash_attn": _flash_attn_dense,
     "flashinfer": _flashinfer_dense,
 }
