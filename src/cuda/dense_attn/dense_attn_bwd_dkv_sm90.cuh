@@ -13,20 +13,21 @@
 // Numbers  as dense_attn_bwd_dkv_sm80.cuh.
 #pragma once
 #include "cuda/dense_attn/dense_attn_bwd_dkv_sm80.cuh"
-#include "cuda/dense_attn/panels_sm90.cuh"
+#include "cuda/device/panels_sm90.cuh"
 
 namespace fsattn {
 
 template <DenseAttnConfig kConfig>
 struct DenseDkvSm90Traits {
   using Element = device::ElementOf<kConfig.dtype>;
-  static_assert(kConfig.head_dim == kPanelDim && kConfig.head_dim_v == kPanelDim);
-  static constexpr int kGroups = 2, kTileKv = kGroups * kPanelRows, kTileQ = kPanelRows;
+  static_assert(kConfig.head_dim == device::kPanelDim && kConfig.head_dim_v == device::kPanelDim);
+  static constexpr int kGroups = 2, kTileKv = kGroups * device::kPanelRows,
+                       kTileQ = device::kPanelRows;
   static constexpr int kStages = 4;
   static constexpr int kConsumerThreads = kGroups * 128, kThreads = kConsumerThreads + 128;
   static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
-  static constexpr int kStageOffset = 2 * kGroups * kPanelTileBytes;
-  static constexpr int kStageBytes = 2 * kPanelTileBytes;  // Q, then dO
+  static constexpr int kStageOffset = 2 * kGroups * device::kPanelTileBytes;
+  static constexpr int kStageBytes = 2 * device::kPanelTileBytes;  // Q, then dO
   static constexpr int kStatsOffset = kStageOffset + kStages * kStageBytes;
   static constexpr int kStatsBytes = 2 * kTileQ * 4;  // lse, then delta
   static constexpr int kBarrierOffset = kStatsOffset + kStages * kStatsBytes;
@@ -39,11 +40,12 @@ struct DenseDkvSm90Smem {
   uint32_t base;
   // Operand 0 is K, 1 is V.
   __device__ uint32_t keys(int operand, int group) const {
-    return base + (operand * Traits::kGroups + group) * kPanelTileBytes;
+    return base + (operand * Traits::kGroups + group) * device::kPanelTileBytes;
   }
   // Operand 0 is Q, 1 is dO.
   __device__ uint32_t queries(int operand, int stage) const {
-    return base + Traits::kStageOffset + stage * Traits::kStageBytes + operand * kPanelTileBytes;
+    return base + Traits::kStageOffset + stage * Traits::kStageBytes +
+           operand * device::kPanelTileBytes;
   }
   __device__ int stats_offset(int operand, int stage) const {
     return Traits::kStatsOffset + stage * Traits::kStatsBytes + operand * Traits::kTileQ * 4;
@@ -82,7 +84,8 @@ __device__ __forceinline__ void produce_queries(const DenseDkvSm90Smem<Traits>& 
             at.head * rows.head_stride,
         rows.token_stride, work.num_queries,
         static_cast<int>(operand == 0 ? p.shape.head_dim : p.shape.head_dim_v)};
-    load_panels<64>(smem.queries(operand, stage), thread_part(matrix, thread), first, thread);
+    device::load_panels<64>(smem.queries(operand, stage), thread_part(matrix, thread), first,
+                            thread);
     const float* stats = operand == 0
                              ? static_cast<const float*>(p.lse.data) + at.head * p.lse.head_stride
                              : deltas + at.head * p.packing.total_q;
@@ -134,28 +137,29 @@ __device__ __forceinline__ void consume_queries(const DenseDkvSm90Smem<Traits>& 
     mbarrier_wait(smem.full(stage), n / Traits::kStages & 1);
     float s[32], dp[32];
     wgmma_fence();
-    panel_product<Element>(s, k_tile, q_tile);
+    device::panel_product<Element>(s, k_tile, q_tile);
     wgmma_commit();
-    panel_product<Element>(dp, v_tile, dout_tile);
+    device::panel_product<Element>(dp, v_tile, dout_tile);
     wgmma_commit();
     wgmma_wait_group<1>();  // S; dP goes on
     pin_registers(s);
     uint32_t prob[1][8][2];
-    probabilities<Traits>(prob, as_fragments(s), smem.stats(0, stage), work.scale_log2, lane);
+    probabilities<Traits>(prob, device::as_fragments(s), smem.stats(0, stage), work.scale_log2,
+                          lane);
     const int base = at.index * Traits::kTileQ;
     if (base < work.full_first || base + Traits::kTileQ - 1 > work.full_last) {
       mask_probabilities(prob, band, work, work.first_key + reread_thread_index() / kWarpSize * 16,
                          base, lane);
     }
     wgmma_fence();
-    packed_product<Element>(dv, prob, dout_tile);
+    device::packed_product<Element>(dv, prob, dout_tile);
     wgmma_commit();
     wgmma_wait_group<1>();  // dP; dV goes on
     pin_registers(dp);
     uint32_t ds[1][8][2];
-    pack_score_gradient<Element>(ds, as_fragments(dp), prob, smem.stats(1, stage), lane);
+    pack_score_gradient<Element>(ds, device::as_fragments(dp), prob, smem.stats(1, stage), lane);
     wgmma_fence();
-    packed_product<Element>(dk, ds, q_tile);
+    device::packed_product<Element>(dk, ds, q_tile);
     wgmma_commit();
     wgmma_wait_group<0>();
     if (lane == 0) mbarrier_arrive(smem.empty(stage));
@@ -183,13 +187,13 @@ __device__ __forceinline__ void store_key_gradient(const Smem& smem, const AttnB
               work.kv_head * cols;
   }
   store_gradient(
-      as_fragments(acc), operand == 0 ? static_cast<float>(p.shape.softmax_scale) : 1.f,
+      device::as_fragments(acc), operand == 0 ? static_cast<float>(p.shape.softmax_scale) : 1.f,
       OutputRows<Element>{static_cast<Element*>(rows.data) +
                               (int64_t{work.key_row} + row) * rows.token_stride +
                               work.kv_head * rows.head_stride,
                           rows.token_stride, work.num_keys - row, cols, p.accumulate_dkv},
-      partial, partial_stride, smem.keys(operand, warp / 4) + tile_bytes<kPanelDim>(warp % 4 * 16),
-      lane);
+      partial, partial_stride,
+      smem.keys(operand, warp / 4) + tile_bytes<device::kPanelDim>(warp % 4 * 16), lane);
 }
 
 template <class Traits>
@@ -208,14 +212,17 @@ __device__ __forceinline__ void run_key_group(const DenseDkvSm90Smem<Traits>& sm
     const MatrixView<Element> v{static_cast<const Element*>(p.v.data) + work.v_offset,
                                 p.v.token_stride, work.num_keys,
                                 static_cast<int>(p.shape.head_dim_v)};
-    load_panels<128>(smem.keys(0, group), thread_part(k, thread), group * kPanelRows, thread);
-    load_panels<128>(smem.keys(1, group), thread_part(v, thread), group * kPanelRows, thread);
+    device::load_panels<128>(smem.keys(0, group), thread_part(k, thread),
+                             group * device::kPanelRows, thread);
+    device::load_panels<128>(smem.keys(1, group), thread_part(v, thread),
+                             group * device::kPanelRows, thread);
     cp_async_commit();
     cp_async_wait<0>();
     fence_async_proxy();
-    sync_warpgroup(group);  // all four warps have loaded their part of K and V
+    device::sync_warpgroup(group);  // all four warps have loaded their part of K and V
     consume_queries<Traits>(smem, p, band, work, dk, dv);
-    sync_warpgroup(group);  // nobody's wgmma reads K or V any more: they become the output stage
+    device::sync_warpgroup(
+        group);  // nobody's wgmma reads K or V any more: they become the output stage
   }
   store_key_gradient<Traits>(smem, p, buffers, work, 0, dk);
   store_key_gradient<Traits>(smem, p, buffers, work, 1, dv);

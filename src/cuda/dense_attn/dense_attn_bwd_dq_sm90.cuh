@@ -12,20 +12,21 @@
 // Numbers  as dense_attn_bwd_dq_sm80.cuh.
 #pragma once
 #include "cuda/dense_attn/dense_attn_bwd_dq_sm80.cuh"
-#include "cuda/dense_attn/panels_sm90.cuh"
+#include "cuda/device/panels_sm90.cuh"
 
 namespace fsattn {
 
 template <DenseAttnConfig kConfig>
 struct DenseDqSm90Traits {
   using Element = device::ElementOf<kConfig.dtype>;
-  static_assert(kConfig.head_dim == kPanelDim && kConfig.head_dim_v == kPanelDim);
-  static constexpr int kGroups = 2, kTileQ = kGroups * kPanelRows, kTileKv = kPanelRows;
+  static_assert(kConfig.head_dim == device::kPanelDim && kConfig.head_dim_v == device::kPanelDim);
+  static constexpr int kGroups = 2, kTileQ = kGroups * device::kPanelRows,
+                       kTileKv = device::kPanelRows;
   static constexpr int kStages = 4;
   static constexpr int kConsumerThreads = kGroups * 128, kThreads = kConsumerThreads + 128;
   static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
-  static constexpr int kStageOffset = 2 * kGroups * kPanelTileBytes;
-  static constexpr int kStageBytes = 2 * kPanelTileBytes;  // K, then V
+  static constexpr int kStageOffset = 2 * kGroups * device::kPanelTileBytes;
+  static constexpr int kStageBytes = 2 * device::kPanelTileBytes;  // K, then V
   static constexpr int kBarrierOffset = kStageOffset + kStages * kStageBytes;
   static constexpr int kSmemBytes = kBarrierOffset + 2 * kStages * 8;
 };
@@ -35,11 +36,12 @@ struct DenseDqSm90Smem {
   uint32_t base;
   // Operand 0 is Q, 1 is dO.
   __device__ uint32_t queries(int operand, int group) const {
-    return base + (operand * Traits::kGroups + group) * kPanelTileBytes;
+    return base + (operand * Traits::kGroups + group) * device::kPanelTileBytes;
   }
   // Operand 0 is K, 1 is V.
   __device__ uint32_t keys(int operand, int stage) const {
-    return base + Traits::kStageOffset + stage * Traits::kStageBytes + operand * kPanelTileBytes;
+    return base + Traits::kStageOffset + stage * Traits::kStageBytes +
+           operand * device::kPanelTileBytes;
   }
   __device__ uint32_t full(int stage) const { return base + Traits::kBarrierOffset + stage * 8; }
   __device__ uint32_t empty(int stage) const { return full(stage) + Traits::kStages * 8; }
@@ -70,7 +72,7 @@ __device__ __forceinline__ void produce_keys(const DenseDqSm90Smem<Traits>& smem
     const int stage = n % Traits::kStages;
     // The consumers have left the tile that was here before; passes at once in the first round.
     mbarrier_wait(smem.empty(stage), (n / Traits::kStages & 1) ^ 1);
-    load_panels<64>(smem.keys(operand, stage), part, step * Traits::kTileKv, thread);
+    device::load_panels<64>(smem.keys(operand, stage), part, step * Traits::kTileKv, thread);
     cp_async_commit();
     if (n > 0) {
       cp_async_wait<1>();
@@ -125,9 +127,9 @@ __device__ __forceinline__ void consume_keys(const DenseDqSm90Smem<Traits>& smem
   const int lane = threadIdx.x % kWarpSize, group = threadIdx.x / 128;
   const uint32_t q_tile = smem.queries(0, group), dout_tile = smem.queries(1, group);
   // The keys that some query of this group sees.
-  const int first_position = work.position + group * kPanelRows;
+  const int first_position = work.position + group * device::kPanelRows;
   const int first_seen = band.first_key(first_position);
-  const int last_seen = band.last_key(first_position + kPanelRows - 1);
+  const int last_seen = band.last_key(first_position + device::kPanelRows - 1);
   int n = 0;
   for (int step = work.last_key / Traits::kTileKv; step >= work.first_key / Traits::kTileKv;
        --step, ++n) {
@@ -139,23 +141,23 @@ __device__ __forceinline__ void consume_keys(const DenseDqSm90Smem<Traits>& smem
     if (is_seen) {
       float s[32], dp[32];
       wgmma_fence();
-      panel_product<Element>(s, q_tile, smem.keys(0, stage));
+      device::panel_product<Element>(s, q_tile, smem.keys(0, stage));
       wgmma_commit();
-      panel_product<Element>(dp, dout_tile, smem.keys(1, stage));
+      device::panel_product<Element>(dp, dout_tile, smem.keys(1, stage));
       wgmma_commit();
       wgmma_wait_group<1>();  // S, and dQ of the step before; dP goes on
       pin_registers(s);
       if (n > 0 && lane == 0) mbarrier_arrive(smem.empty((n - 1) % Traits::kStages));
       if (base < work.full_first || base + Traits::kTileKv - 1 > work.full_last) {
-        mask_scores(as_fragments(s), band, work, base);
+        mask_scores(device::as_fragments(s), band, work, base);
       }
-      exponentiate<Element>(as_fragments(s), stats, work.scale_log2);
+      exponentiate<Element>(device::as_fragments(s), stats, work.scale_log2);
       wgmma_wait_group<0>();
       pin_registers(dp);
       uint32_t ds[1][8][2];
-      pack_score_gradient<Element>(ds, as_fragments(s), as_fragments(dp), stats);
+      pack_score_gradient<Element>(ds, device::as_fragments(s), device::as_fragments(dp), stats);
       wgmma_fence();
-      packed_product<Element>(dq, ds, smem.keys(0, stage));
+      device::packed_product<Element>(dq, ds, smem.keys(0, stage));
       wgmma_commit();
     }
   }
@@ -181,16 +183,16 @@ __device__ __forceinline__ void run_query_group(const DenseDqSm90Smem<Traits>& s
         static_cast<const Element*>(p.dout.data) + work.token * p.dout.token_stride +
             work.head * p.dout.head_stride,
         p.dout.token_stride, work.num_queries, static_cast<int>(p.shape.head_dim_v)};
-    load_panels<128>(smem.queries(0, group), thread_part(q, thread % 128), group * kPanelRows,
-                     thread % 128);
-    load_panels<128>(smem.queries(1, group), thread_part(dout, thread % 128), group * kPanelRows,
-                     thread % 128);
+    device::load_panels<128>(smem.queries(0, group), thread_part(q, thread % 128),
+                             group * device::kPanelRows, thread % 128);
+    device::load_panels<128>(smem.queries(1, group), thread_part(dout, thread % 128),
+                             group * device::kPanelRows, thread % 128);
     cp_async_commit();
     cp_async_wait<0>();
     fence_async_proxy();
-    sync_warpgroup(group);  // all four warps have loaded their part of Q and dO
+    device::sync_warpgroup(group);  // all four warps have loaded their part of Q and dO
     consume_keys<Traits>(smem, band, work, stats + row + lane / 4, dq);
-    sync_warpgroup(group);  // nobody's wgmma reads Q any more: it becomes the output stage
+    device::sync_warpgroup(group);  // nobody's wgmma reads Q any more: it becomes the output stage
   }
   const float scale = static_cast<float>(p.shape.softmax_scale);
 #pragma unroll
@@ -200,7 +202,8 @@ __device__ __forceinline__ void run_query_group(const DenseDqSm90Smem<Traits>& s
                               (work.token + row) * p.dq.token_stride + work.head * p.dq.head_stride,
                           p.dq.token_stride, work.num_queries - row,
                           static_cast<int>(p.shape.head_dim), p.accumulate_dq},
-      smem.queries(0, group) + tile_bytes<kPanelDim>(row % kPanelRows), as_fragments(dq), lane);
+      smem.queries(0, group) + tile_bytes<device::kPanelDim>(row % device::kPanelRows),
+      device::as_fragments(dq), lane);
 }
 
 template <class Traits>

@@ -27,19 +27,20 @@ namespace fsattn {
 template <DenseAttnConfig kConfig>
 struct DenseBwdSm90Traits {
   using Element = device::ElementOf<kConfig.dtype>;
-  static_assert(kConfig.head_dim == kPanelDim && kConfig.head_dim_v == kPanelDim);
-  static constexpr int kGroups = 2, kTileKv = kGroups * kPanelRows, kTileQ = kPanelRows;
+  static_assert(kConfig.head_dim == device::kPanelDim && kConfig.head_dim_v == device::kPanelDim);
+  static constexpr int kGroups = 2, kTileKv = kGroups * device::kPanelRows,
+                       kTileQ = device::kPanelRows;
   static constexpr int kStages = 3;
   static constexpr int kConsumerThreads = kGroups * 128, kThreads = kConsumerThreads + 128;
   static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
   static constexpr int kProducerWarps = 2;
-  static constexpr int kStageOffset = 2 * kGroups * kPanelTileBytes;
-  static constexpr int kStageBytes = 2 * kPanelTileBytes;  // Q, then dO
+  static constexpr int kStageOffset = 2 * kGroups * device::kPanelTileBytes;
+  static constexpr int kStageBytes = 2 * device::kPanelTileBytes;  // Q, then dO
   static constexpr int kScoreOffset = kStageOffset + kStages * kStageBytes;
   static constexpr int kScoreBytes = kTileKv * kTileQ * 2;  // dS^T
   static constexpr int kSumOffset = kScoreOffset + 2 * kScoreBytes;
-  static constexpr int kStatsOffset = kSumOffset + kTileQ * kPanelDim * 4;  // dQ
-  static constexpr int kStatsBytes = 2 * kTileQ * 4;                        // lse, then delta
+  static constexpr int kStatsOffset = kSumOffset + kTileQ * device::kPanelDim * 4;  // dQ
+  static constexpr int kStatsBytes = 2 * kTileQ * 4;  // lse, then delta
   static constexpr int kBarrierOffset = kStatsOffset + kStages * kStatsBytes;
   static constexpr int kSmemBytes = kBarrierOffset + (2 * kStages + 3) * 8;
   static_assert(kTileQ == kTurnQueries);
@@ -53,11 +54,12 @@ struct DenseBwdSm90Smem {
   uint32_t base;
   // Operand 0 is K, 1 is V.
   __device__ uint32_t keys(int operand, int group) const {
-    return base + (operand * Traits::kGroups + group) * kPanelTileBytes;
+    return base + (operand * Traits::kGroups + group) * device::kPanelTileBytes;
   }
   // Operand 0 is Q, 1 is dO.
   __device__ uint32_t queries(int operand, int stage) const {
-    return base + Traits::kStageOffset + stage * Traits::kStageBytes + operand * kPanelTileBytes;
+    return base + Traits::kStageOffset + stage * Traits::kStageBytes +
+           operand * device::kPanelTileBytes;
   }
   // dS^T of step n: 128 rows of 64 queries.
   __device__ uint32_t scores(int n) const {
@@ -106,8 +108,8 @@ __device__ __forceinline__ void produce_queries(const DenseBwdSm90Smem<Traits>& 
               at.head * rows.head_stride,
           rows.token_stride, work.num_queries,
           static_cast<int>(operand == 0 ? p.shape.head_dim : p.shape.head_dim_v)};
-      load_panels<kThreads>(smem.queries(operand, stage), thread_part(matrix, thread), first,
-                            thread);
+      device::load_panels<kThreads>(smem.queries(operand, stage), thread_part(matrix, thread),
+                                    first, thread);
       const float* stats = operand == 0
                                ? static_cast<const float*>(p.lse.data) + at.head * p.lse.head_stride
                                : deltas + at.head * p.packing.total_q;
@@ -152,13 +154,14 @@ __device__ __forceinline__ void add_query_gradients(const DenseBwdSm90Smem<Trait
         Traits::kTileKv;
     int* turns =
         buffers.turns + 1 + (int64_t{work.query_slot} + at.index) * p.shape.num_heads_q + at.head;
-    float* sums = buffers.dq_sums + (at.head * p.packing.total_q + work.token + first) * kPanelDim;
+    float* sums =
+        buffers.dq_sums + (at.head * p.packing.total_q + work.token + first) * device::kPanelDim;
     wait_for_turn(turns, turn, patience);
     mbarrier_wait(smem.dq_full(n), n / 2 & 1);
     if (turn == 0) {
-      bulk_store(sums, smem.dq(), rows * kPanelDim * 4);
+      bulk_store(sums, smem.dq(), rows * device::kPanelDim * 4);
     } else {
-      bulk_add(sums, smem.dq(), rows * kPanelDim * 4);
+      bulk_add(sums, smem.dq(), rows * device::kPanelDim * 4);
     }
     bulk_commit();
     bulk_wait_read();
@@ -197,13 +200,13 @@ __device__ __forceinline__ void store_score_gradient(uint32_t tile, const uint32
 template <class Traits>
 __device__ __forceinline__ void query_gradient_product(const DenseBwdSm90Smem<Traits>& smem, int n,
                                                        float (&acc)[32]) {
-  const uint32_t ds = mn_major(smem.scores(n));
-  const uint32_t k = mn_major(smem.keys(0, 0) + threadIdx.x / 128 * kPanelBytes);
+  const uint32_t ds = device::mn_major(smem.scores(n));
+  const uint32_t k = device::mn_major(smem.keys(0, 0) + threadIdx.x / 128 * device::kPanelBytes);
 #pragma unroll
   for (int kk = 0; kk < Traits::kTileKv / 16; ++kk) {
-    const uint32_t key_at = (kk / 4 * kPanelTileBytes + kk % 4 * 2048) >> 4;
-    device::wgmma_mn_m64n64k16<typename Traits::Element>(acc, descriptor(ds + kk * (2048 >> 4)),
-                                                         descriptor(k + key_at), kk > 0);
+    const uint32_t key_at = (kk / 4 * device::kPanelTileBytes + kk % 4 * 2048) >> 4;
+    device::wgmma_mn_m64n64k16<typename Traits::Element>(
+        acc, device::descriptor(ds + kk * (2048 >> 4)), device::descriptor(k + key_at), kk > 0);
   }
 }
 
@@ -216,13 +219,13 @@ __device__ __forceinline__ void hand_over_dq(const DenseBwdSm90Smem<Traits>& sme
   const int thread = reread_thread_index(), lane = thread % kWarpSize, group = thread / 128;
   const int row = thread / kWarpSize % 4 * 16 + lane / 4;
   mbarrier_wait(smem.dq_empty(), (n & 1) ^ 1);
-  const uint32_t to = smem.dq() + row * kPanelDim * 4 + group * 256 + lane % 4 * 8;
+  const uint32_t to = smem.dq() + row * device::kPanelDim * 4 + group * 256 + lane % 4 * 8;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const uint32_t at = to + ((i ^ lane / 4) << 5);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(at + half * 8 * kPanelDim * 4),
+      asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(at + half * 8 * device::kPanelDim * 4),
                    "f"(dq[4 * i + 2 * half]), "f"(dq[4 * i + 2 * half + 1])
                    : "memory");
     }
@@ -254,14 +257,15 @@ __device__ __forceinline__ void consume_queries(const DenseBwdSm90Smem<Traits>& 
     mbarrier_wait(smem.full(stage), n / Traits::kStages & 1);
     float s[32], dp[32];
     wgmma_fence();
-    panel_product<Element>(s, smem.keys(0, group), q_tile);
+    device::panel_product<Element>(s, smem.keys(0, group), q_tile);
     wgmma_commit();
-    panel_product<Element>(dp, smem.keys(1, group), dout_tile);
+    device::panel_product<Element>(dp, smem.keys(1, group), dout_tile);
     wgmma_commit();
     wgmma_wait_group<1>();  // S; dP goes on
     pin_registers(s);
     uint32_t prob[1][8][2];
-    probabilities<Traits>(prob, as_fragments(s), smem.stats(0, stage), work.scale_log2, lane);
+    probabilities<Traits>(prob, device::as_fragments(s), smem.stats(0, stage), work.scale_log2,
+                          lane);
     const int base = at.index * Traits::kTileQ;
     if (base < work.full_first || base + Traits::kTileQ - 1 > work.full_last) {
       mask_probabilities(prob, band, work, work.first_key + reread_thread_index() / kWarpSize * 16,
@@ -271,12 +275,12 @@ __device__ __forceinline__ void consume_queries(const DenseBwdSm90Smem<Traits>& 
       clear_missing_keys(prob, work.num_keys - reread_thread_index() / kWarpSize * 16, lane);
     }
     wgmma_fence();
-    packed_product<Element>(dv, prob, dout_tile);
+    device::packed_product<Element>(dv, prob, dout_tile);
     wgmma_commit();
     wgmma_wait_group<1>();  // dP; dV goes on
     pin_registers(dp);
     uint32_t ds[1][8][2];
-    pack_score_gradient<Element>(ds, as_fragments(dp), prob, smem.stats(1, stage), lane);
+    pack_score_gradient<Element>(ds, device::as_fragments(dp), prob, smem.stats(1, stage), lane);
     store_score_gradient(smem.scores(n), ds);
     fence_async_proxy();
     sync_consumers<Traits>();  // dS of both groups is there, and nobody reads the one before
@@ -284,7 +288,7 @@ __device__ __forceinline__ void consume_queries(const DenseBwdSm90Smem<Traits>& 
     wgmma_fence();
     query_gradient_product(smem, n, dq);
     wgmma_commit();
-    packed_product<Element>(dk, ds, q_tile);
+    device::packed_product<Element>(dk, ds, q_tile);
     wgmma_commit();
     wgmma_wait_group<1>();  // dQ; dK goes on
     pin_registers(dq);
@@ -312,12 +316,14 @@ __device__ __forceinline__ void run_key_group(const DenseBwdSm90Smem<Traits>& sm
     const MatrixView<Element> v{static_cast<const Element*>(p.v.data) + work.v_offset,
                                 p.v.token_stride, work.num_keys,
                                 static_cast<int>(p.shape.head_dim_v)};
-    load_panels<128>(smem.keys(0, group), thread_part(k, thread), group * kPanelRows, thread);
-    load_panels<128>(smem.keys(1, group), thread_part(v, thread), group * kPanelRows, thread);
+    device::load_panels<128>(smem.keys(0, group), thread_part(k, thread),
+                             group * device::kPanelRows, thread);
+    device::load_panels<128>(smem.keys(1, group), thread_part(v, thread),
+                             group * device::kPanelRows, thread);
     cp_async_commit();
     cp_async_wait<0>();
     fence_async_proxy();
-    sync_warpgroup(group);  // all four warps have loaded their part of K and V
+    device::sync_warpgroup(group);  // all four warps have loaded their part of K and V
     consume_queries<Traits>(smem, band, work, dk, dv);
     sync_consumers<Traits>();  // nobody's wgmma reads K or V any more: the output is staged there
   }

@@ -16,8 +16,8 @@
 // Numbers  scores, sums and output fp32; P rounded to the input type before P V.
 #pragma once
 #include "base/cuda_check.h"
-#include "cuda/dense_attn/panels_sm90.cuh"
 #include "cuda/dense_attn/query_tile.cuh"
+#include "cuda/device/panels_sm90.cuh"
 #include "cuda/device/softmax.cuh"
 
 namespace fsattn {
@@ -25,14 +25,15 @@ namespace fsattn {
 template <DenseAttnConfig kConfig>
 struct DenseFwdSm90Traits {
   using Element = device::ElementOf<kConfig.dtype>;
-  static_assert(kConfig.head_dim == kPanelDim && kConfig.head_dim_v == kPanelDim);
-  static constexpr int kGroups = 3, kTileQ = kGroups * kPanelRows, kTileKv = kPanelRows;
+  static_assert(kConfig.head_dim == device::kPanelDim && kConfig.head_dim_v == device::kPanelDim);
+  static constexpr int kGroups = 3, kTileQ = kGroups * device::kPanelRows,
+                       kTileKv = device::kPanelRows;
   static constexpr int kStages = 4;
   static constexpr int kConsumerThreads = kGroups * 128, kThreads = kConsumerThreads + 128;
   static constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;
   static constexpr int kWorkBuffers = 4;
-  static constexpr int kKeysOffset = 2 * kGroups * kPanelTileBytes;
-  static constexpr int kBarrierOffset = kKeysOffset + 2 * kStages * kPanelTileBytes;
+  static constexpr int kKeysOffset = 2 * kGroups * device::kPanelTileBytes;
+  static constexpr int kBarrierOffset = kKeysOffset + 2 * kStages * device::kPanelTileBytes;
   static constexpr int kSmemBytes = kBarrierOffset + (4 * kStages + 2 * kWorkBuffers) * 8;
 };
 
@@ -47,10 +48,11 @@ template <class Traits>
 struct DenseFwdSm90Smem {
   uint32_t base;
   __device__ uint32_t queries(int tile, int group) const {
-    return base + (tile % 2 * Traits::kGroups + group) * kPanelTileBytes;
+    return base + (tile % 2 * Traits::kGroups + group) * device::kPanelTileBytes;
   }
   __device__ uint32_t keys(int operand, int stage) const {
-    return base + Traits::kKeysOffset + (operand * Traits::kStages + stage) * kPanelTileBytes;
+    return base + Traits::kKeysOffset +
+           (operand * Traits::kStages + stage) * device::kPanelTileBytes;
   }
   __device__ uint32_t full(int operand, int stage) const {
     return base + Traits::kBarrierOffset + (operand * Traits::kStages + stage) * 8;
@@ -112,7 +114,7 @@ __device__ __forceinline__ void produce(const DenseFwdSm90Smem<Traits>& smem,
     const int stage = n % Traits::kStages;
     // The consumers have left the tile that was here before; passes at once in the first round.
     mbarrier_wait(smem.empty(operand, stage), (n / Traits::kStages & 1) ^ 1);
-    load_panels<64>(smem.keys(operand, stage), part, key, thread);
+    device::load_panels<64>(smem.keys(operand, stage), part, key, thread);
     cp_async_commit();
     if (n > first_step) {
       cp_async_wait<1>();
@@ -139,8 +141,8 @@ __device__ __forceinline__ void run_producer(const DenseFwdSm90Smem<Traits>& sme
     static_cast<QueryTileWork&>(work) = find_query_tile<Traits::kTileQ>(p, keys, index, num_tiles);
 #pragma unroll 1
     for (int group = 0; group < Traits::kGroups; ++group) {
-      const int position = work.position + group * kPanelRows;
-      work.group_full[group][0] = keys.band.first_key(position + kPanelRows - 1);
+      const int position = work.position + group * device::kPanelRows;
+      work.group_full[group][0] = keys.band.first_key(position + device::kPanelRows - 1);
       work.group_full[group][1] = min(keys.band.last_key(position), work.num_keys - 1);
     }
     work.first_step = next_step;
@@ -181,7 +183,7 @@ __device__ __forceinline__ void issue_scores(const DenseFwdSm90Smem<Traits>& sme
   // Keeps the eight descriptors of the queries from being kept in registers over the loop.
   asm volatile("" : "+r"(queries));
   device::wgmma_fence();
-  panel_product<typename Traits::Element>(s, queries, smem.keys(0, stage));
+  device::panel_product<typename Traits::Element>(s, queries, smem.keys(0, stage));
   device::wgmma_commit();
 }
 
@@ -192,7 +194,7 @@ __device__ __forceinline__ void issue_output(const DenseFwdSm90Smem<Traits>& sme
   const int stage = n % Traits::kStages;
   device::mbarrier_wait(smem.full(1, stage), n / Traits::kStages & 1);
   device::wgmma_fence();
-  packed_product<typename Traits::Element>(o, prob, smem.keys(1, stage));
+  device::packed_product<typename Traits::Element>(o, prob, smem.keys(1, stage));
   device::wgmma_commit();
 }
 
@@ -215,9 +217,9 @@ __device__ __forceinline__ void consume(const DenseFwdSm90Smem<Traits>& smem,
   constexpr int kTileKv = Traits::kTileKv;
   // The steps in which some query of this group sees a key.
   const int stop = work.first_step + num_steps_of<Traits>(work);
-  const int position = work.position + threadIdx.x / 128 * kPanelRows;
+  const int position = work.position + threadIdx.x / 128 * device::kPanelRows;
   const auto key_tile = [&](int n) { return work.first_step + work.last_key / kTileKv - n; };
-  const int last_seen = min(band.last_key(position + kPanelRows - 1), work.last_key);
+  const int last_seen = min(band.last_key(position + device::kPanelRows - 1), work.last_key);
   const int begin = last_seen < 0 ? stop : min(key_tile(last_seen / kTileKv), stop);
   const int end = min(key_tile(band.first_key(position) / kTileKv), stop - 1);
   skip_steps(smem, work.first_step, begin - 1);
@@ -228,10 +230,10 @@ __device__ __forceinline__ void consume(const DenseFwdSm90Smem<Traits>& smem,
       const int base = key_tile(n) * kTileKv;
       const int* full = work.group_full[reread_thread_index() / 128];
       if (base < full[0] || base + kTileKv - 1 > full[1]) {
-        mask_scores(as_fragments(s), band, work, base);
+        mask_scores(device::as_fragments(s), band, work, base);
       }
     };
-    auto& scores = as_fragments(s)[0];
+    auto& scores = device::as_fragments(s)[0];
     issue_scores(smem, queries, begin, s);
     wgmma_wait_group<0>();
     pin_registers(s);
@@ -253,7 +255,7 @@ __device__ __forceinline__ void consume(const DenseFwdSm90Smem<Traits>& smem,
       wgmma_wait_group<0>();
       pin_registers(o);
       release(smem, 1, n);
-      if (is_moved) softmax.rescale(as_fragments(o)[0], keep);
+      if (is_moved) softmax.rescale(device::as_fragments(o)[0], keep);
       softmax.pack(prob[0], scores);
     }
     issue_output(smem, end, prob, o);
@@ -277,7 +279,8 @@ __device__ __forceinline__ void load_group_queries(const DenseFwdSm90Smem<Traits
                                     work.token * p.q.token_stride + work.head * p.q.head_stride,
                                 p.q.token_stride, work.num_queries,
                                 static_cast<int>(p.shape.head_dim)};
-    load_panels<128>(smem.queries(tile, group), thread_part(q, thread), group * kPanelRows, thread);
+    device::load_panels<128>(smem.queries(tile, group), thread_part(q, thread),
+                             group * device::kPanelRows, thread);
   }
   cp_async_commit();
 }
@@ -291,7 +294,7 @@ __device__ __forceinline__ void store_output(
   using Element = typename Traits::Element;
   const int lane = threadIdx.x % kWarpSize, row = threadIdx.x / kWarpSize * 16;
   float lse[2];
-  softmax.finish(as_fragments(o), lse);
+  softmax.finish(device::as_fragments(o), lse);
   const int rows_left = work.num_queries - row;
   float* lse_out =
       static_cast<float*>(p.lse.data) + work.head * p.lse.head_stride + work.token + row;
@@ -304,8 +307,9 @@ __device__ __forceinline__ void store_output(
       OutputRows<Element>{static_cast<Element*>(p.o.data) + (work.token + row) * p.o.token_stride +
                               work.head * p.o.head_stride,
                           p.o.token_stride, rows_left, static_cast<int>(p.shape.head_dim_v), false},
-      smem.queries(tile, row / kPanelRows) + tile_bytes<kPanelDim>(row % kPanelRows),
-      as_fragments(o), lane);
+      smem.queries(tile, row / device::kPanelRows) +
+          tile_bytes<device::kPanelDim>(row % device::kPanelRows),
+      device::as_fragments(o), lane);
 }
 
 // One consumer warpgroup over all tiles of the CTA.
@@ -321,7 +325,7 @@ __device__ __forceinline__ void run_consumer(const DenseFwdSm90Smem<Traits>& sme
     const FwdTileWork& work = works[tile % Traits::kWorkBuffers];
     cp_async_wait<0>();
     fence_async_proxy();
-    sync_warpgroup(group);  // all warps have loaded their queries and left the tile before
+    device::sync_warpgroup(group);  // all warps have loaded their queries and left the tile before
     if (index_of(tile + 1) < num_tiles) {
       load_group_queries(smem, p, wait_for_work(smem, works, tile + 1), tile + 1);
     }
@@ -329,7 +333,7 @@ __device__ __forceinline__ void run_consumer(const DenseFwdSm90Smem<Traits>& sme
     OnlineSoftmax<typename Traits::Element, 1> softmax;
     softmax.init();
     consume(smem, band, work, smem.queries(tile, group), softmax, o);
-    sync_warpgroup(group);  // nobody's wgmma reads these queries any more
+    device::sync_warpgroup(group);  // nobody's wgmma reads these queries any more
     store_output(smem, p, work, tile, softmax, o);
     release_work(smem, tile);
   }

@@ -6,6 +6,7 @@
 // lanes is reached by at least `room` blocks. Later the limit is the room-th best candidate, found
 // again when the list overflows. Only scores are sorted, to find limits; candidates stay in place.
 #pragma once
+#include "cuda/device/element.cuh"
 #include "cuda/device/warp_topk.cuh"
 #include "cuda/select_blocks/select_blocks_work.cuh"
 #include "plan/select_blocks_table.h"

@@ -15,7 +15,7 @@
 // Bound   the tensor cores for long lists: 55 ps a row and block; for short ones the queries and the
 //         partial row, 516 B a row.
 #pragma once
-#include "cuda/dense_attn/panels_sm90.cuh"
+#include "cuda/device/panels_sm90.cuh"
 #include "cuda/device/softmax.cuh"
 #include "cuda/device/tma_sm90.cuh"
 #include "cuda/selected_attn/selected_attn_fwd_args.cuh"
@@ -40,7 +40,8 @@ struct TileTraits {
   static constexpr int kThreads = kConsumerWarps * kWarpSize + 128;
   static constexpr int kConsumerRegisters = 160, kProducerRegisters = 32;
   static constexpr int kQBuffers = 2, kStages = 3;
-  static constexpr int kQBytes = kGroups * kPanelTileBytes, kKvBytes = 2 * kPanelTileBytes;
+  static constexpr int kQBytes = kGroups * device::kPanelTileBytes,
+                       kKvBytes = 2 * device::kPanelTileBytes;
   static constexpr int kKvOffset = kQBuffers * kQBytes;
   static constexpr int kBarrierOffset = kKvOffset + kStages * kKvBytes;
   static constexpr int kPrefixOffset = kBarrierOffset + 2 * (kQBuffers + kStages) * 8;
@@ -64,7 +65,7 @@ struct TileSmem {
         base(device::smem_address(memory_)),
         list_bytes(round_up(list_ints * 4, 16)) {}
   __device__ uint32_t queries(int buffer, int group) const {
-    return base + buffer * T::kQBytes + group * kPanelTileBytes;
+    return base + buffer * T::kQBytes + group * device::kPanelTileBytes;
   }
   __device__ uint32_t kv(int stage) const { return base + T::kKvOffset + stage * T::kKvBytes; }
   __device__ TileItem* item(int buffer) const {
@@ -126,7 +127,7 @@ struct TileProducer {
       device::mbarrier_arrive_expect(full, share * group * T::kRowBytes * T::kGroups);
       const uint64_t policy = device::l2_evict_last();
       for (int i = 0; i < 2 * T::kGroups; ++i) {
-        device::tma_load_3d(s.queries(buffer, i / 2) + i % 2 * kPanelBytes, q_map,
+        device::tma_load_3d(s.queries(buffer, i / 2) + i % 2 * device::kPanelBytes, q_map,
                             i % 2 * device::kTmaColumns, head * group,
                             item.first_token + i / 2 * share, full, policy);
       }
@@ -215,12 +216,13 @@ struct TileConsumer {
   __device__ void issue_scores(int buffer, int n, float (&acc)[32]) const {
     const uint32_t k_tile = wait_kv(n);
     device::wgmma_fence();
-    panel_product<typename T::Element>(acc, s.queries(buffer, group), k_tile);
+    device::panel_product<typename T::Element>(acc, s.queries(buffer, group), k_tile);
     device::wgmma_commit();
   }
   __device__ void issue_output(int n, const uint32_t (&prob)[1][8][2], float (&o)[64]) const {
     device::wgmma_fence();
-    packed_product<typename T::Element>(o, prob, s.kv(n % T::kStages) + kPanelTileBytes);
+    device::packed_product<typename T::Element>(o, prob,
+                                                s.kv(n % T::kStages) + device::kPanelTileBytes);
     device::wgmma_commit();
   }
 
@@ -245,7 +247,7 @@ struct TileConsumer {
 
   // Scores to probabilities; true when the output has to be scaled by `keep`.
   __device__ bool take_softmax(Softmax& softmax, float (&acc)[32], float (&keep)[2]) const {
-    auto& scores = as_fragments(acc)[0];
+    auto& scores = device::as_fragments(acc)[0];
     const bool is_moved = softmax.adapt(0, scores, a.fwd.scale_log2, keep);
     const auto is_large = [](float x) { return fabsf(x) > kLargeLogit && x > -INFINITY; };
     float scale = a.fwd.scale_log2;
@@ -270,7 +272,7 @@ struct TileConsumer {
     device::pin_registers(acc);
     mask(entry, item, rows, acc);
     take_softmax(softmax, acc, keep);  // there is no output yet
-    softmax.pack(prob[0], as_fragments(acc)[0]);
+    softmax.pack(prob[0], device::as_fragments(acc)[0]);
     for (; num_blocks < last; ++num_blocks) {
       entry += a.entry_ints;
       issue_scores(buffer, num_blocks + 1, acc);
@@ -282,8 +284,8 @@ struct TileConsumer {
       device::wgmma_wait_group<0>();
       device::pin_registers(o);
       release_kv(num_blocks);
-      if (is_moved) Softmax::rescale(as_fragments(o)[0], keep);
-      softmax.pack(prob[0], as_fragments(acc)[0]);
+      if (is_moved) Softmax::rescale(device::as_fragments(o)[0], keep);
+      softmax.pack(prob[0], device::as_fragments(acc)[0]);
     }
     __syncwarp();  // all scores are done, and all lanes with the list
     if (lane == 0) device::mbarrier_arrive(s.q_empty(buffer));

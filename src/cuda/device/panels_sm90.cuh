@@ -5,24 +5,24 @@
 #include "cuda/device/tile_sm80.cuh"
 #include "cuda/device/wgmma_ss_sm90.cuh"
 
-namespace fsattn {
+namespace fsattn::device {
 
 inline constexpr int kPanelRows = 64, kPanelDim = 128;
 inline constexpr int kPanelBytes = kPanelRows * 128, kPanelTileBytes = 2 * kPanelBytes;
 
 // Starts the copy of 64 rows from row `first` on. Rows and columns outside the matrix are zero.
 template <int kThreads, class Element>
-__device__ __forceinline__ void load_panels(uint32_t tile, const device::MatrixView<Element>& part,
+__device__ __forceinline__ void load_panels(uint32_t tile, const MatrixView<Element>& part,
                                             int first, int thread) {
   constexpr int kStep = kThreads / 8;
-  const uint32_t dst = tile + device::tile_offset<64>(thread / 8, thread % 8);
+  const uint32_t dst = tile + tile_offset<64>(thread / 8, thread % 8);
   const Element* src = part.data + first * part.stride;
 #pragma unroll
   for (int i = 0; i < kPanelRows / kStep; ++i) {
 #pragma unroll
     for (int panel = 0; panel < 2; ++panel) {
-      device::cp_async_16(dst + panel * kPanelBytes + i * kStep * 128, src + panel * 64,
-                          first + i * kStep < part.rows && panel * 64 < part.cols);
+      cp_async_16(dst + panel * kPanelBytes + i * kStep * 128, src + panel * 64,
+                  first + i * kStep < part.rows && panel * 64 < part.cols);
     }
     src += kStep * part.stride;
     asm volatile("" : "+l"(src));  // keeps one address alive instead of one a row
@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_panels(uint32_t tile, const device::MatrixV
 // added to. It has to be the same value in all lanes and known to be: then the additions run in the
 // uniform datapath. Derived from one address a product, they cost as many issue slots as the softmax.
 __device__ __forceinline__ uint32_t operand(uint32_t tile, uint32_t panel_bytes) {
-  return __shfl_sync(device::kFullMask, tile >> 4 | panel_bytes >> 4 << 16, 0);
+  return __shfl_sync(kFullMask, tile >> 4 | panel_bytes >> 4 << 16, 0);
 }
 __device__ __forceinline__ uint32_t k_major(uint32_t tile) { return operand(tile, 16); }
 __device__ __forceinline__ uint32_t mn_major(uint32_t tile) { return operand(tile, kPanelBytes); }
@@ -50,8 +50,7 @@ __device__ __forceinline__ void panel_product(float (&acc)[32], uint32_t a, uint
 #pragma unroll
   for (int kk = 0; kk < kPanelDim / 16; ++kk) {
     const uint32_t at = (kk / 4 * kPanelBytes + kk % 4 * 32) >> 4;
-    device::wgmma_ss_m64n64k16<Element>(acc, descriptor(a_word + at), descriptor(b_word + at),
-                                        kk > 0);
+    wgmma_ss_m64n64k16<Element>(acc, descriptor(a_word + at), descriptor(b_word + at), kk > 0);
   }
 }
 
@@ -65,7 +64,7 @@ __device__ __forceinline__ void packed_product(float (&acc)[64], const uint32_t 
   for (int kk = 0; kk < kPanelRows / 16; ++kk) {
     const uint32_t a[4] = {p[0][2 * kk][0], p[0][2 * kk][1], p[0][2 * kk + 1][0],
                            p[0][2 * kk + 1][1]};
-    device::wgmma_m64n128k16_mn_major<Element>(acc, a, descriptor(b_word + kk * (2048 >> 4)), 1);
+    wgmma_m64n128k16_mn_major<Element>(acc, a, descriptor(b_word + kk * (2048 >> 4)), 1);
   }
 }
 
@@ -81,4 +80,4 @@ __device__ __forceinline__ auto& as_fragments(float (&x)[64]) {
   return reinterpret_cast<float(&)[1][16][4]>(x);
 }
 
-}  // namespace fsattn
+}  // namespace fsattn::device
