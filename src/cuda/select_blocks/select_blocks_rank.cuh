@@ -1,7 +1,7 @@
 // The ranking half of select_blocks: what is kept of a query, the scores of its blocks, its list.
 // Math, tiles and roles: select_blocks_sm80.cuh.
 #pragma once
-#include "cuda/device/element.cuh"
+#include "cuda/device/mma_sm80.cuh"
 #include "cuda/device/warp_topk.cuh"
 #include "cuda/select_blocks/select_blocks.h"
 #include "cuda/select_blocks/select_blocks_work.cuh"
