@@ -196,6 +196,26 @@ __device__ __forceinline__ void store_key_gradient(const Smem& smem, const AttnB
       smem.keys(operand, warp / 4) + tile_bytes<device::kPanelDim>(warp % 4 * 16), lane);
 }
 
+// Copies the 64 rows of K and V of a consumer warpgroup, and waits for the calling thread's part.
+template <class Element, class Smem>
+__device__ __forceinline__ void load_key_group(const Smem& smem, const AttnBwdTensors& p,
+                                               const KeyTileWork& work, int group) {
+  using namespace device;
+  const int thread = threadIdx.x % 128;
+  const MatrixView<Element> k{static_cast<const Element*>(p.k.data) + work.k_offset,
+                              p.k.token_stride, work.num_keys, static_cast<int>(p.shape.head_dim)};
+  const MatrixView<Element> v{static_cast<const Element*>(p.v.data) + work.v_offset,
+                              p.v.token_stride, work.num_keys,
+                              static_cast<int>(p.shape.head_dim_v)};
+  device::load_panels<128>(smem.keys(0, group), thread_part(k, thread), group * device::kPanelRows,
+                           thread);
+  device::load_panels<128>(smem.keys(1, group), thread_part(v, thread), group * device::kPanelRows,
+                           thread);
+  cp_async_commit();
+  cp_async_wait<0>();
+  fence_async_proxy();
+}
+
 template <class Traits>
 __device__ __forceinline__ void run_key_group(const DenseDkvSm90Smem<Traits>& smem,
                                               const AttnBwdTensors& p, const device::Band& band,
@@ -203,26 +223,13 @@ __device__ __forceinline__ void run_key_group(const DenseDkvSm90Smem<Traits>& sm
                                               const KeyTileWork& work) {
   using namespace device;
   using Element = typename Traits::Element;
-  const int thread = threadIdx.x % 128, group = threadIdx.x / 128;
+  const int group = threadIdx.x / 128;
   float dk[64] = {}, dv[64] = {};
   if (work.first_query <= work.last_query) {
-    const MatrixView<Element> k{static_cast<const Element*>(p.k.data) + work.k_offset,
-                                p.k.token_stride, work.num_keys,
-                                static_cast<int>(p.shape.head_dim)};
-    const MatrixView<Element> v{static_cast<const Element*>(p.v.data) + work.v_offset,
-                                p.v.token_stride, work.num_keys,
-                                static_cast<int>(p.shape.head_dim_v)};
-    device::load_panels<128>(smem.keys(0, group), thread_part(k, thread),
-                             group * device::kPanelRows, thread);
-    device::load_panels<128>(smem.keys(1, group), thread_part(v, thread),
-                             group * device::kPanelRows, thread);
-    cp_async_commit();
-    cp_async_wait<0>();
-    fence_async_proxy();
-    device::sync_warpgroup(group);  // all four warps have loaded their part of K and V
+    load_key_group<Element>(smem, p, work, group);
+    sync_warpgroup(group);  // all four warps have loaded their part of K and V
     consume_queries<Traits>(smem, p, band, work, dk, dv);
-    device::sync_warpgroup(
-        group);  // nobody's wgmma reads K or V any more: they become the output stage
+    sync_warpgroup(group);  // nobody's wgmma reads K or V any more: they become the output stage
   }
   store_key_gradient<Traits>(smem, p, buffers, work, 0, dk);
   store_key_gradient<Traits>(smem, p, buffers, work, 1, dv);

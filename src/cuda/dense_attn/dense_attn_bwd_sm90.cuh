@@ -307,23 +307,11 @@ __device__ __forceinline__ void run_key_group(const DenseBwdSm90Smem<Traits>& sm
                                               const KeyTileWork& work) {
   using namespace device;
   using Element = typename Traits::Element;
-  const int thread = threadIdx.x % 128, group = threadIdx.x / 128;
+  const int group = threadIdx.x / 128;
   float dk[64] = {}, dv[64] = {};
   if (work.first_query <= work.last_query) {
-    const MatrixView<Element> k{static_cast<const Element*>(p.k.data) + work.k_offset,
-                                p.k.token_stride, work.num_keys,
-                                static_cast<int>(p.shape.head_dim)};
-    const MatrixView<Element> v{static_cast<const Element*>(p.v.data) + work.v_offset,
-                                p.v.token_stride, work.num_keys,
-                                static_cast<int>(p.shape.head_dim_v)};
-    device::load_panels<128>(smem.keys(0, group), thread_part(k, thread),
-                             group * device::kPanelRows, thread);
-    device::load_panels<128>(smem.keys(1, group), thread_part(v, thread),
-                             group * device::kPanelRows, thread);
-    cp_async_commit();
-    cp_async_wait<0>();
-    fence_async_proxy();
-    device::sync_warpgroup(group);  // all four warps have loaded their part of K and V
+    load_key_group<Element>(smem, p, work, group);
+    sync_warpgroup(group);  // all four warps have loaded their part of K and V
     consume_queries<Traits>(smem, band, work, dk, dv);
     sync_consumers<Traits>();  // nobody's wgmma reads K or V any more: the output is staged there
   }
