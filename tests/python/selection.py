@@ -78,6 +78,29 @@ class Selection:
         return found, truth
 
 
+def random_selection(shape, dtype, init, local, group_reduce, score_dtype, device="cpu"):
+    """The selection of a generated Shape, with room for its forced blocks."""
+    return Selection(
+        shape.lens_q,
+        shape.lens_k,
+        dtype=dtype,
+        device=device,
+        heads_kv=shape.heads_kv,
+        group=shape.group,
+        dim=shape.dim,
+        kernel_size=shape.kernel_size,
+        kernel_stride=shape.kernel_stride,
+        block_size=shape.block_size,
+        topk=max(shape.topk, init + local),
+        init_blocks=init,
+        local_blocks=local,
+        group_reduce=group_reduce,
+        score_dtype=score_dtype,
+        q_offset=shape.q_offset,
+        softmax_scale=shape.softmax_scale,
+    )
+
+
 def check_row(where, found, truth, scores, close):
     """Ascending, -1 behind, as many blocks as defined, and equal up to swaps of close scores."""
     found, truth = found.tolist(), truth.tolist()

@@ -7,7 +7,7 @@ from cases import ATTENTIONS, OPERATORS, check_case, compress_case, selected_cas
 from cuda_support import DEVICE, NEEDS_CUDA
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from selection import Selection
+from selection import random_selection
 from support import CUDA_TYPES, STRIDE_STYLES, assert_same_bits, cu_seqlens, restride
 from test_bad_calls import BAD, label, valid_call
 from test_properties import COMMON, block_lists, shapes
@@ -54,25 +54,7 @@ def test_random_compression(shape, dtype, seed):
     st.integers(0, 3),
 )
 def test_random_selection(shape, group_reduce, score_dtype, dtype, init, local):
-    Selection(
-        shape.lens_q,
-        shape.lens_k,
-        dtype=dtype,
-        device=DEVICE,
-        heads_kv=shape.heads_kv,
-        group=shape.group,
-        dim=shape.dim,
-        kernel_size=shape.kernel_size,
-        kernel_stride=shape.kernel_stride,
-        block_size=shape.block_size,
-        topk=max(shape.topk, init + local),
-        init_blocks=init,
-        local_blocks=local,
-        group_reduce=group_reduce,
-        score_dtype=score_dtype,
-        q_offset=shape.q_offset,
-        softmax_scale=shape.softmax_scale,
-    ).check()
+    random_selection(shape, dtype, init, local, group_reduce, score_dtype, DEVICE).check()
 
 
 @few

@@ -10,7 +10,7 @@ import torch
 from cases import ATTENTIONS, OPERATORS, Shape, check_case, compress_case, selected_case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from selection import Selection
+from selection import random_selection
 from support import (
     INT_MAX,
     INT_MIN,
@@ -102,24 +102,7 @@ def test_random_compression(shape, seed):
     st.integers(0, 3),
 )
 def test_random_selection(shape, group_reduce, score_dtype, dtype, init, local):
-    Selection(
-        shape.lens_q,
-        shape.lens_k,
-        dtype=dtype,
-        heads_kv=shape.heads_kv,
-        group=shape.group,
-        dim=shape.dim,
-        kernel_size=shape.kernel_size,
-        kernel_stride=shape.kernel_stride,
-        block_size=shape.block_size,
-        topk=max(shape.topk, init + local),
-        init_blocks=init,
-        local_blocks=local,
-        group_reduce=group_reduce,
-        score_dtype=score_dtype,
-        q_offset=shape.q_offset,
-        softmax_scale=shape.softmax_scale,
-    ).check()
+    random_selection(shape, dtype, init, local, group_reduce, score_dtype).check()
 
 
 BLOCK_IDS = st.one_of(
