@@ -34,7 +34,7 @@ test-cpp: build
 	ctest --test-dir $(BUILD) --output-on-failure
 
 test-python: build
-	$(PY) -m pytest tests/python -q -rs
+	$(PY) -m pytest tests/python -q -rsfE
 
 # Everything that needs a GPU; without one it builds and says what it skipped.
 test-gpu: $(STAMP)

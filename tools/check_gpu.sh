@@ -120,7 +120,7 @@ fi
 
 step "kernel tests" ctest --test-dir "$BUILD_DIR" -L gpu --output-on-failure
 # Tests of the CPU alone are `make test`'s.
-step "python tests" "$PYTHON" -m pytest tests/python -q -rs -k cuda -p no:cacheprovider
+step "python tests" "$PYTHON" -m pytest tests/python -q -rsfE -k cuda -p no:cacheprovider
 for tool in memcheck racecheck initcheck synccheck; do
   if ! command -v compute-sanitizer > /dev/null; then
     note "$tool" skipped 0

@@ -31,19 +31,27 @@ def test_no_host_synchronisation(op, device):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("device", CUDA)
-@pytest.mark.parametrize("op", OPERATORS)
-def test_every_byte_comes_from_the_callers_allocator(op, device):
-    """Free device memory changes only by what PyTorch's allocator reserves."""
-    case, douts = _case(op, device)
-    case.found(douts)
+def _bytes_of_others(run):
+    """Device memory that five runs take beyond what PyTorch's allocator reserves."""
     torch.cuda.synchronize()
     free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
     for _ in range(5):
-        case.found(douts)
+        run()
     torch.cuda.synchronize()
-    grown = torch.cuda.memory_reserved() - reserved
-    assert free - torch.cuda.mem_get_info()[0] <= grown
+    return free - torch.cuda.mem_get_info()[0] - (torch.cuda.memory_reserved() - reserved)
+
+
+@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_byte_comes_from_the_callers_allocator(op, device):
+    """Free device memory changes only by what PyTorch's allocator reserves.
+
+    The number is that of the whole GPU. Measured three times: what a call takes every time shows
+    in all of them, what another process takes meanwhile hardly does.
+    """
+    case, douts = _case(op, device)
+    case.found(douts)
+    assert min(_bytes_of_others(lambda: case.found(douts)) for _ in range(3)) <= 0
 
 
 @pytest.mark.parametrize("device", CUDA)
