@@ -123,8 +123,7 @@ struct PagedAppendParams {
 
 // What the plan fixes for the fused kernels.
 struct PagedTuning {
-  int64_t cmp_split;   // compressed keys a split
-  int64_t sel_splits;  // splits of the selected and window keys of a query
+  int64_t cmp_split;  // compressed keys a split
 };
 
 // All of native sparse attention for few queries a sequence.

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, replace
 
 import reference
 import torch
-from support import check, convert, cu_seqlens, randn, random_topk_idx, run_with_grads
+from support import (
+    assert_same_bits,
+    check,
+    convert,
+    cu_seqlens,
+    randn,
+    random_topk_idx,
+    restride,
+    run_with_grads,
+)
 
 import fsattn
 
@@ -319,3 +328,17 @@ def check_case(case, dtype, device, with_lse=True, seed=77):
         slack = 0.0 if unit is None else 8 * torch.finfo(torch.float32).eps * unit
         check(f"d{name}", *triple, slack=slack)
     return outs, grads
+
+
+def check_strides(name, case, douts, styles):
+    """Inputs and dO restrided in eight `styles`, the last for dO, give the bits of contiguous ones."""
+    dense = case.found(douts)
+    keep = {"gates", "weight"}
+    case.inputs = [
+        x if key in keep or x.ndim != 3 else restride(x, style)
+        for key, x, style in zip(case.names, case.inputs, styles, strict=False)
+    ]
+    douts = [restride(x, styles[7]) if x.ndim == 3 else x for x in douts]
+    strided = case.found(douts)
+    for a, b in zip([*dense[0], *dense[1]], [*strided[0], *strided[1]], strict=True):
+        assert_same_bits(name, a, b.contiguous())

@@ -3,12 +3,12 @@
 import pytest
 import reference
 import torch
-from cases import ATTENTIONS, OPERATORS, check_case, compress_case, selected_case
+from cases import ATTENTIONS, OPERATORS, check_case, check_strides, compress_case, selected_case
 from cuda_support import DEVICE, NEEDS_CUDA
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from selection import random_selection
-from support import CUDA_TYPES, STRIDE_STYLES, assert_same_bits, cu_seqlens, restride
+from support import CUDA_TYPES, STRIDE_STYLES, cu_seqlens
 from test_bad_calls import BAD, label, valid_call
 from test_properties import COMMON, block_lists, shapes
 
@@ -86,16 +86,7 @@ def test_random_strides(op):
     def run(shape, dtype, styles):
         case = OPERATORS[op](shape, dtype, DEVICE)
         douts = case.douts(dtype, DEVICE)
-        dense = case.found(douts)
-        keep = {"gates", "weight"}
-        case.inputs = [
-            x if name in keep or x.ndim != 3 else restride(x, style)
-            for name, x, style in zip(case.names, case.inputs, styles, strict=False)
-        ]
-        douts = [restride(x, styles[7]) if x.ndim == 3 else x for x in douts]
-        strided = case.found(douts)
-        for a, b in zip([*dense[0], *dense[1]], [*strided[0], *strided[1]], strict=True):
-            assert_same_bits(op, a, b.contiguous())
+        check_strides(op, case, douts, styles)
 
     run()
 

@@ -7,7 +7,15 @@ at fixed shapes in test_operators.py. Examples are the same in every run.
 import pytest
 import reference
 import torch
-from cases import ATTENTIONS, OPERATORS, Shape, check_case, compress_case, selected_case
+from cases import (
+    ATTENTIONS,
+    OPERATORS,
+    Shape,
+    check_case,
+    check_strides,
+    compress_case,
+    selected_case,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from selection import random_selection
@@ -15,9 +23,7 @@ from support import (
     INT_MAX,
     INT_MIN,
     STRIDE_STYLES,
-    assert_same_bits,
     cu_seqlens,
-    restride,
 )
 
 import fsattn
@@ -156,16 +162,7 @@ def test_random_strides(op):
         shape.dim, shape.dim_v = min(shape.dim, 40), min(shape.dim_v, 40)
         case = OPERATORS[op](shape, torch.float32)
         douts = case.douts(torch.float32, "cpu")
-        dense = case.found(douts)
-        keep = {"gates", "weight"}
-        case.inputs = [
-            x if name in keep or x.ndim != 3 else restride(x, style)
-            for name, x, style in zip(case.names, case.inputs, styles, strict=False)
-        ]
-        douts = [restride(x, styles[7]) if x.ndim == 3 else x for x in douts]
-        strided = case.found(douts)
-        for a, b in zip([*dense[0], *dense[1]], [*strided[0], *strided[1]], strict=True):
-            assert_same_bits(op, a, b.contiguous())
+        check_strides(op, case, douts, styles)
 
     run()
 

@@ -49,34 +49,15 @@ struct DenseBwdSm90Traits {
 inline constexpr int kFewHeads = 8;
 
 template <class Traits>
-struct DenseBwdSm90Smem {
-  unsigned char* memory;
-  uint32_t base;
-  // Operand 0 is K, 1 is V.
-  __device__ uint32_t keys(int operand, int group) const {
-    return base + (operand * Traits::kGroups + group) * device::kPanelTileBytes;
-  }
-  // Operand 0 is Q, 1 is dO.
-  __device__ uint32_t queries(int operand, int stage) const {
-    return base + Traits::kStageOffset + stage * Traits::kStageBytes +
-           operand * device::kPanelTileBytes;
-  }
+struct DenseBwdSm90Smem : DenseDkvSm90Smem<Traits> {
   // dS^T of step n: 128 rows of 64 queries.
   __device__ uint32_t scores(int n) const {
-    return base + Traits::kScoreOffset + n % 2 * Traits::kScoreBytes;
+    return this->base + Traits::kScoreOffset + n % 2 * Traits::kScoreBytes;
   }
-  __device__ uint32_t dq() const { return base + Traits::kSumOffset; }
-  __device__ int stats_offset(int operand, int stage) const {
-    return Traits::kStatsOffset + stage * Traits::kStatsBytes + operand * Traits::kTileQ * 4;
-  }
-  __device__ const float2* stats(int operand, int stage) const {
-    return reinterpret_cast<const float2*>(memory + stats_offset(operand, stage));
-  }
-  __device__ uint32_t full(int stage) const { return base + Traits::kBarrierOffset + stage * 8; }
-  __device__ uint32_t empty(int stage) const { return full(stage) + Traits::kStages * 8; }
+  __device__ uint32_t dq() const { return this->base + Traits::kSumOffset; }
   // Of even and of odd steps: each is waited for by one thread.
-  __device__ uint32_t dq_full(int n) const { return full(2 * Traits::kStages + n % 2); }
-  __device__ uint32_t dq_empty() const { return full(2 * Traits::kStages + 2); }
+  __device__ uint32_t dq_full(int n) const { return this->full(2 * Traits::kStages + n % 2); }
+  __device__ uint32_t dq_empty() const { return this->full(2 * Traits::kStages + 2); }
 };
 
 // Two warps bring all tiles of Q and dO with their lse and delta. A stage is announced when the next
@@ -327,7 +308,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   using namespace device;
   extern __shared__ __align__(1024) unsigned char memory[];
   __shared__ KeyTileWork work;
-  const DenseBwdSm90Smem<Traits> smem{memory, smem_address(memory)};
+  const DenseBwdSm90Smem<Traits> smem{
+      {memory, smem_address(memory)}
+  };
   if (threadIdx.x == 0) {
     // Compressed keys: many tiles of a few heads at a time, so that dQ is added to in L2.
     const int width = keys.band.reach == Band::kUnlimited ? kFewHeads : kAllHeads;
