@@ -231,7 +231,8 @@ Checked<NsaBwdProblem, NsaBwdParams> validate(const NativeSparseAttentionBwd& ca
   const BranchProblems branches =
       branch_problems(Pass::kBwd, args, in, params.selected.mask, call.workspace_cap);
   return {
-      {branches.gate, branches.compressed, branches.selected, branches.window},
+      {branches.gate, branches.compressed, branches.selected, branches.window,
+       in.gate_shape.activation},
       params
   };
 }

@@ -27,6 +27,7 @@ const Backend& cuda_backend() {
       .window_attn_bwd = launch_window_attn_bwd,
       .gate_fwd = launch_gate_fwd,
       .gate_bwd = launch_gate_bwd,
+      .gate_bwd_stats = launch_gate_bwd_stats,
       .paged_write = launch_paged_write,
       .paged_scatter = launch_paged_scatter,
       .paged_gather = launch_paged_gather,

@@ -47,6 +47,10 @@ struct AttnBwdTensors {
   Rows dq, dk, dv;
   bool accumulate_dq;   // add to what dq holds instead of overwriting it
   bool accumulate_dkv;  // likewise dk and dv
+  // delta = rowsum(dO * O) - dlse of every row, where the caller has it; null otherwise, and always on
+  // the CPU. fp32: delta [Hq, total_q] for compressed and window attention, pairs {lse / ln 2, delta}
+  // [total_q, Hq] for selected attention, which then reads neither o nor lse.
+  void* row_stats;
 };
 
 template <class Mask>

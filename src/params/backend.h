@@ -23,6 +23,7 @@ struct Backend {
   void (*window_attn_bwd)(int row, const WindowAttnBwdParams&, Stream);
   void (*gate_fwd)(int row, const GateFwdParams&, Stream);
   void (*gate_bwd)(int row, const GateBwdParams&, Stream);
+  void (*gate_bwd_stats)(int row, const GateStatsParams&, Stream) = nullptr;  // null on the CPU
   // Paged cache. A backend may lack the fused ones (null): the others and the operators above compose
   // the same results.
   void (*paged_write)(int row, const PagedWriteParams&, Stream) = nullptr;

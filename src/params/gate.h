@@ -31,4 +31,25 @@ struct GateBwdParams {
   Rows dgates;
 };
 
+// What the backward of a branch needs of its gate. do_x = g_x do enters the gradients as P_x do_x and
+// P_x (do_x v - delta_x) alone: so g_x may be a factor of P_x instead, taken off as ln g_x from lse_x, and
+// the branches read do itself, with delta_x = rowsum(do * o_x).
+struct BranchStats {
+  Rows o;
+  Stats lse;
+  // [Hq, total_q] each in fp32: lse - ln g, and delta. Of the selected branch row_stats holds pairs
+  // of {(lse - ln g) / ln 2, delta} [total_q, Hq], and gated_lse is null.
+  float* gated_lse;
+  float* row_stats;
+};
+
+// For gates that are a sigmoid: ln g needs g > 0.
+struct GateStatsParams {
+  GateShape shape;
+  Rows dout;
+  BranchStats cmp, sel, win;
+  Rows gates;
+  Rows dgates;  // as in GateBwdParams
+};
+
 }  // namespace fsattn

@@ -18,6 +18,10 @@ size_t gradient_bytes(const Problem& gate) {
          size_of(gate.dtype);
 }
 
+size_t stats_bytes(const Problem& gate) {
+  return static_cast<size_t>(gate.total_q * gate.num_heads_q) * 2 * sizeof(float);
+}
+
 std::string steps_text(const char* pass, size_t workspace_bytes,
                        std::initializer_list<const Plan*> steps) {
   std::ostringstream out;
@@ -56,11 +60,18 @@ NsaBwdPlan make_plan(const NsaBwdProblem& problem, const DeviceInfo& device) {
   plan.compressed = make_plan(problem.compressed, device);
   plan.selected = make_plan(problem.selected, device);
   plan.window = make_plan(problem.window, device);
-  const size_t gradient = gradient_bytes(problem.gate);
+  // A gate of any sign has no logarithm.
+  plan.folds_gates =
+      device.type == DeviceType::kCuda && problem.activation == GateActivation::kSigmoid;
+  const size_t gradient = plan.folds_gates ? 0 : gradient_bytes(problem.gate);
+  const size_t stats = plan.folds_gates ? stats_bytes(problem.gate) : 0;
   WorkspaceLayout layout;
   plan.do_cmp = layout.add(gradient);
   plan.do_sel = layout.add(gradient);
   plan.do_win = layout.add(gradient);
+  plan.stats_cmp = layout.add(stats);
+  plan.stats_sel = layout.add(stats);
+  plan.stats_win = layout.add(stats);
   plan.scratch =
       layout.add(largest_workspace({&plan.gate, &plan.compressed, &plan.selected, &plan.window}));
   plan.workspace_bytes = layout.bytes();

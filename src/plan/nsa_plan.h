@@ -16,11 +16,14 @@ struct NsaFwdPlan {
   size_t workspace_bytes = 0;
 };
 
-// The gradients of the three branches, [total_q, Hq, Dv] each in the dtype of the inputs, outlive
-// the step that writes them; scratch is shared as in the forward pass.
+// What the gate hands to the three branches outlives its step: their gradients, [total_q, Hq, Dv]
+// each in the dtype of the inputs, or, when their gates are folded into P (params/gate.h), two fp32
+// numbers a row. Scratch is shared as in the forward pass.
 struct NsaBwdPlan {
   Plan gate, compressed, selected, window;
-  Region do_cmp, do_sel, do_win;
+  bool folds_gates = false;
+  Region do_cmp, do_sel, do_win;           // empty when gates are folded
+  Region stats_cmp, stats_sel, stats_win;  // empty otherwise
   Region scratch;
   size_t workspace_bytes = 0;
 };

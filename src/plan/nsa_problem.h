@@ -11,6 +11,7 @@ struct NsaFwdProblem {
 
 struct NsaBwdProblem {
   Problem gate, compressed, selected, window;
+  GateActivation activation{};
 };
 
 }  // namespace fsattn

@@ -3,15 +3,51 @@
 #include "run/steps.h"
 
 namespace fsattn {
+namespace {
+
+// dout -> dgates, and do_cmp, do_sel, do_win in the workspace.
+void run_gate(const NsaBwdPlan& plan, NsaBwdParams& p, void* workspace, Stream stream) {
+  p.gate.do_cmp.data = p.compressed.attn.dout.data = data_in(workspace, plan.do_cmp);
+  p.gate.do_sel.data = p.selected.attn.dout.data = data_in(workspace, plan.do_sel);
+  p.gate.do_win.data = p.window.attn.dout.data = data_in(workspace, plan.do_win);
+  run_step(plan.gate, p.gate, scratch_in(workspace, plan.scratch), stream);
+}
+
+// A branch whose gate is folded into P reads dout itself. Returns where its statistics go.
+BranchStats fold_gate(const GateBwdParams& gate, AttnBwdTensors& attn, void* workspace,
+                      const Region& stats, bool is_selected) {
+  auto* data = static_cast<float*>(data_in(workspace, stats));
+  BranchStats branch{attn.o, attn.lse, nullptr, data};
+  attn.dout = gate.dout;
+  if (!is_selected) {
+    branch.gated_lse = data;
+    branch.row_stats = data + gate.shape.total * gate.shape.num_heads;
+    attn.lse = {data, gate.shape.total};
+  }
+  attn.row_stats = branch.row_stats;
+  return branch;
+}
+
+// dout -> dgates, and the statistics of the branches in the workspace.
+void run_folded_gate(const NsaBwdPlan& plan, NsaBwdParams& p, void* workspace, Stream stream) {
+  const GateStatsParams params{
+      p.gate.shape,
+      p.gate.dout,
+      fold_gate(p.gate, p.compressed.attn, workspace, plan.stats_cmp, false),
+      fold_gate(p.gate, p.selected.attn, workspace, plan.stats_sel, true),
+      fold_gate(p.gate, p.window.attn, workspace, plan.stats_win, false),
+      p.gate.gates,
+      p.gate.dgates};
+  run_step(plan.gate, params, scratch_in(workspace, plan.scratch), stream);
+}
+
+}  // namespace
 
 void run_nsa_bwd(const NsaBwdPlan& plan, const NsaBwdParams& params, void* workspace,
                  Stream stream) {
   NsaBwdParams p = params;
-  p.gate.do_cmp.data = p.compressed.attn.dout.data = data_in(workspace, plan.do_cmp);
-  p.gate.do_sel.data = p.selected.attn.dout.data = data_in(workspace, plan.do_sel);
-  p.gate.do_win.data = p.window.attn.dout.data = data_in(workspace, plan.do_win);
+  (plan.folds_gates ? run_folded_gate : run_gate)(plan, p, workspace, stream);
   const Scratch scratch = scratch_in(workspace, plan.scratch);
-  run_step(plan.gate, p.gate, scratch, stream);  // dout -> do_cmp, do_sel, do_win, dgates
   run_step(plan.compressed, p.compressed, scratch, stream);  // -> dq, dk_cmp, dv_cmp
   run_step(plan.selected, p.selected, scratch, stream);      // -> dq added; dk, dv
   run_step(plan.window, p.window, scratch, stream);          // -> dq, dk, dv added

@@ -62,4 +62,8 @@ void run_step(const Plan& plan, const GateBwdParams& params, Scratch, Stream str
   backend_of(plan).gate_bwd(plan.row, params, stream);
 }
 
+void run_step(const Plan& plan, const GateStatsParams& params, Scratch, Stream stream) {
+  backend_of(plan).gate_bwd_stats(plan.row, params, stream);
+}
+
 }  // namespace fsattn

@@ -18,5 +18,6 @@ void run_step(const Plan& plan, WindowAttnFwdParams params, Scratch scratch, Str
 void run_step(const Plan& plan, WindowAttnBwdParams params, Scratch scratch, Stream stream);
 void run_step(const Plan& plan, const GateFwdParams& params, Scratch scratch, Stream stream);
 void run_step(const Plan& plan, const GateBwdParams& params, Scratch scratch, Stream stream);
+void run_step(const Plan& plan, const GateStatsParams& params, Scratch scratch, Stream stream);
 
 }  // namespace fsattn

@@ -194,9 +194,10 @@ NsaFwdProblem nsa_fwd(DeviceType device, bool has_select) {
           llama(Op::kGate, Pass::kFwd, device)};
 }
 
-NsaBwdProblem nsa_bwd(DeviceType device) {
+NsaBwdProblem nsa_bwd(DeviceType device, GateActivation activation = GateActivation::kNone) {
   return {llama(Op::kGate, Pass::kBwd, device), llama(Op::kCompressedAttn, Pass::kBwd, device),
-          llama(Op::kSelectedAttn, Pass::kBwd, device), llama(Op::kWindowAttn, Pass::kBwd, device)};
+          llama(Op::kSelectedAttn, Pass::kBwd, device), llama(Op::kWindowAttn, Pass::kBwd, device),
+          activation};
 }
 
 TEST(nsa_forward_plan) {
@@ -243,6 +244,27 @@ TEST(nsa_backward_regions_are_disjoint_and_aligned) {
       EXPECT_TRUE(step->workspace_bytes <= plan.scratch.bytes);
     }
   }
+}
+
+// Gates of sigmoids need no gradients of the branches on CUDA, only two numbers a row.
+TEST(nsa_backward_folds_gates) {
+  const NsaBwdPlan on_cpu =
+      make_plan(nsa_bwd(DeviceType::kCpu, GateActivation::kSigmoid), cpu_with(2));
+  EXPECT_TRUE(!on_cpu.folds_gates && on_cpu.stats_cmp.bytes == 0);
+  const NsaBwdPlan ready = make_plan(nsa_bwd(DeviceType::kCuda), kH200);
+  EXPECT_TRUE(!ready.folds_gates && ready.stats_cmp.bytes == 0);
+
+  const NsaBwdPlan plan = make_plan(nsa_bwd(DeviceType::kCuda, GateActivation::kSigmoid), kH200);
+  EXPECT_TRUE(plan.folds_gates);
+  EXPECT_EQ(plan.do_cmp.bytes + plan.do_sel.bytes + plan.do_win.bytes, 0);
+  size_t end = 0;
+  for (const Region& region : {plan.stats_cmp, plan.stats_sel, plan.stats_win, plan.scratch}) {
+    EXPECT_EQ(region.offset % kWorkspaceAlignment, 0);
+    EXPECT_TRUE(region.offset >= end);
+    end = region.offset + region.bytes;
+  }
+  EXPECT_TRUE(plan.workspace_bytes >= end);
+  EXPECT_EQ(plan.stats_win.bytes, size_t{8192} * 32 * 8);
 }
 
 TEST(workspace_layout) {

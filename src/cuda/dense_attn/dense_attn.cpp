@@ -52,7 +52,8 @@ void launch_bwd(Op op, int row, const Params& params, int64_t split_rows, Stream
   FSATTN_ASSERT(params.scratch.bytes >= static_cast<size_t>(scratch.bytes));
   auto* base = static_cast<std::byte*>(params.scratch.data);
   DenseBwdBuffers buffers{};
-  buffers.delta = reinterpret_cast<float*>(base);
+  buffers.delta = attn.row_stats != nullptr ? static_cast<float*>(attn.row_stats)
+                                            : reinterpret_cast<float*>(base);
   buffers.partial_dk = reinterpret_cast<float*>(base + scratch.partial_dk);
   buffers.partial_dv = reinterpret_cast<float*>(base + scratch.partial_dv);
   buffers.dq_sums = reinterpret_cast<float*>(base + scratch.dq_sums);

@@ -127,7 +127,7 @@ void launch_dense_attn_bwd(const AttnBwdTensors& tensors, const device::KeySet& 
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   device::KeySet keys = key_set;
   if (buffers.splits > 1) keys.total_keys = std::min(keys.total_keys, buffers.partial_rows);
-  if (tensors.packing.total_q > 0) {
+  if (tensors.packing.total_q > 0 && tensors.row_stats == nullptr) {
     launch_dense_attn_delta<Element>(tensors, buffers.delta, stream);
   }
   if constexpr (kConfig.arch == Arch::kSm90a) {

@@ -21,7 +21,8 @@ inline BwdArgs make_bwd_args(const SelectedAttnBwdParams& params, const Selected
   a.chunks_v = static_cast<int>(shape.head_dim_v / 8);
   a.scale = static_cast<float>(params.attn.shape.softmax_scale);
   a.scale_log2 = a.scale * device::kLog2E;
-  a.stats = reinterpret_cast<float2*>(scratch + layout.stats);
+  a.stats = reinterpret_cast<float2*>(params.attn.row_stats != nullptr ? params.attn.row_stats
+                                                                       : scratch + layout.stats);
   a.dq_partial = scratch + layout.dq_partial;
   a.marks = reinterpret_cast<uint8_t*>(scratch + layout.marks);
   a.dkv_items = reinterpret_cast<float*>(scratch + layout.dkv_items);
@@ -126,7 +127,7 @@ void run_bwd(const SelectedAttnBwdParams& params, Stream stream) {
   int* counters = reinterpret_cast<int*>(scratch + layout.counters);
   const size_t counter_bytes = static_cast<size_t>(num_launches) * sizeof(int);
   FSATTN_CUDA_CHECK(cudaMemsetAsync(counters, 0, counter_bytes, cuda_stream));
-  launch_stats<kConfig>(a, cuda_stream);
+  if (params.attn.row_stats == nullptr) launch_stats<kConfig>(a, cuda_stream);
   const BwdKernel<kConfig> kernel(params);
   const int num_ctas = kernel.num_ctas();
 
