@@ -258,13 +258,15 @@ __global__ void softmax_kernel(const float* scores, int steps, float* out, float
   for (int half = 0; half < 2; ++half) out_lse[lane / 4 + half * 8] = lse[half];
 }
 
-// Row 0 sees nothing, row 1 nothing in the first tile, row 2 one key, row 3 has huge scores.
+// Row 0 sees nothing, row 1 nothing in the first tile, row 2 one key, row 3 has huge scores,
+// row 4 such that a unit in the last place of a logit is worth 64 or more.
 std::vector<float> softmax_scores(int steps) {
   std::vector<float> s;
   for (int i = 0; i < steps * 16 * 64; ++i) {
     const int step = i / 1024, row = i / 64 % 16, col = i % 64;
     float x = static_cast<float>(small_integer(static_cast<uint32_t>(i), 40)) * 0.5f;
     if (row == 3) x *= 500.f;
+    if (row == 4) x *= 4e8f;
     const bool is_hidden =
         row == 0 || (row == 1 && step == 0) || (row == 2 && (step != 1 || col != 5));
     s.push_back(is_hidden ? -INFINITY : x);

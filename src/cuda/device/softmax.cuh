@@ -25,8 +25,9 @@ struct OnlineSoftmax {
   static constexpr float kScaleUp = 1 << kHeadroom<Element>;
   // P stays below 2^kSlack: far inside both ranges.
   static constexpr float kSlack = 8;
-  float max[2 * kM];  // the reference: a scaled score of the row
-  float sum[2 * kM];  // this lane's columns only, until finish()
+  static constexpr float kLargeReference = 1 << 20;  // its digits are worth 2^-3
+  float max[2 * kM];                                 // the reference: a scaled score of the row
+  float sum[2 * kM];                                 // this lane's columns only, until finish()
 
   __device__ __forceinline__ void init() {
 #pragma unroll
@@ -87,21 +88,49 @@ struct OnlineSoftmax {
   // Scores to probabilities, in place.
   template <int kN>
   __device__ __forceinline__ void exponentiate(int m, float (&s)[kN][4], float scale_log2) {
+    // A row that has seen no key yet: shift by 0, so that 2^(-inf) is 0 and not NaN.
+    float shift[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int i = 2 * m + half;
-      // A row that has seen no key yet: shift by 0, so that 2^(-inf) is 0 and not NaN.
-      const float shift = max[i] == -INFINITY ? 0.f : max[i];
+      shift[half] = max[2 * m + half] == -INFINITY ? 0.f : max[2 * m + half];
+    }
+    if constexpr (!kIsBf16<Element>) center_large(s, shift, scale_log2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
       float part = 0.f;
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          s[n][e] = exp2_approx(fmaf(s[n][e], scale_log2, -shift));
+          s[n][e] = exp2_approx(fmaf(s[n][e], scale_log2, -shift[half]));
         }
         part += s[n][2 * half] + s[n][2 * half + 1];
       }
-      sum[i] += part;
+      sum[2 * m + half] += part;
+    }
+  }
+
+  // The reference is a rounded product: the exact one lies up to half a digit beside it, 2^-24 of its
+  // size, and all P of the row are off by that power of two. It cancels in o, but at logits of 1e8 it
+  // is too much for fp16. So the scores of such a row become differences of rounded products first,
+  // with which the best key has P = 1.
+  template <int kN>
+  static __device__ __forceinline__ void center_large(float (&s)[kN][4], float (&shift)[2],
+                                                      float scale_log2) {
+    const bool is_large[2] = {fabsf(shift[0]) > kLargeReference, fabsf(shift[1]) > kLargeReference};
+    if (!__any_sync(kFullMask, is_large[0] || is_large[1])) return;
+    const float unscale = 1.f / scale_log2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (!is_large[half]) continue;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          s[n][e] = __fsub_rn(__fmul_rn(s[n][e], scale_log2), shift[half]) * unscale;
+        }
+      }
+      shift[half] = 0.f;
     }
   }
 
