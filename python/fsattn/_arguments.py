@@ -4,6 +4,7 @@ Here are the Python types checked, which the operators' schemas would reject in 
 [B, T, H, D] tensors folded into packed ones. Every rule about values is the library's.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -113,9 +114,35 @@ def is_batched(name: str, x: Tensor, dims: int = 4) -> bool:
     return x.dim() == dims
 
 
-def batch_seqlens(batch: int, length: int, device: torch.device) -> Tensor:
-    """cu_seqlens of `batch` sequences of one length, made on the device."""
+def _make_seqlens(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+
+
+@functools.lru_cache(maxsize=256)
+def _known_seqlens(
+    batch: int, length: int, device: torch.device, _stream: int, _is_inference: bool
+) -> Tensor:
+    return _make_seqlens(batch, length, device)
+
+
+def batch_seqlens(batch: int, length: int, like: Tensor) -> Tensor:
+    """cu_seqlens of `batch` sequences of one length, made on the device of `like`.
+
+    The same tensor in the next call of this stream, which spares the device two launches. A graph
+    that is being captured or traced gets its own, as do transforms of functions: it may outlive
+    what is kept here, and a tensor of theirs would not outlive them.
+    """
+    device = like.device
+    is_traced = type(like) is not Tensor or torch.compiler.is_compiling()
+    if is_traced or torch._C._are_functorch_transforms_active():
+        return _make_seqlens(batch, length, device)
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return _make_seqlens(batch, length, device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    # Autograd does not take a tensor that was made in inference mode.
+    return _known_seqlens(batch, length, device, stream, torch.is_inference_mode_enabled())
 
 
 def _refuse(why: str, **values: object) -> None:
@@ -152,8 +179,8 @@ def make_sequences(
         batch, length_q = q.shape[0], q.shape[query_axis + 1]
         if length_k is None:
             length_k = length_q if max_seqlen_k is None else max_seqlen_k
-        cu_q = batch_seqlens(batch, length_q, q.device)
-        cu_k = cu_q if length_k is length_q else batch_seqlens(batch, length_k, q.device)
+        cu_q = batch_seqlens(batch, length_q, q)
+        cu_k = cu_q if length_k is length_q else batch_seqlens(batch, length_k, q)
         return Sequences(cu_q, cu_k, length_q, length_k, batch, q_offset)
     if cu_seqlens_q is None:
         raise ValueError(f"cu_seqlens_q: must be given with a packed {name}, found None")
@@ -224,7 +251,7 @@ def check_cu_cmp(cu_seqlens_cmp: Tensor | None, k_cmp: Tensor, batch: int | None
     if batch is not None:
         if cu_seqlens_cmp is not None:
             raise ValueError("cu_seqlens_cmp: must not be given with a batched q")
-        return batch_seqlens(batch, k_cmp.shape[1], k_cmp.device)
+        return batch_seqlens(batch, k_cmp.shape[1], k_cmp)
     if cu_seqlens_cmp is None:
         raise ValueError("cu_seqlens_cmp: must be given with a packed q, found None")
     return cu_seqlens_cmp

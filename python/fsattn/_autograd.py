@@ -7,7 +7,7 @@ is kept alive.
 import torch
 from torch import Tensor
 
-from ._library import call
+from ._library import call, register_function
 
 _ops = torch.ops.fsattn
 
@@ -124,13 +124,23 @@ def _refuse_vmap(name: str):
     return vmap
 
 
+def _register(name: str, backward, setup_context) -> None:
+    """With the operator, for graphs and for callers of torch.ops, and for call()."""
+    torch.library.register_autograd(f"fsattn::{name}_fwd", backward, setup_context=setup_context)
+    operator = getattr(_ops, f"{name}_fwd").default
+
+    def forward(ctx, *args):
+        output = operator(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    register_function(operator, type(name, (torch.autograd.Function,), methods))
+
+
 def _register_branch(name: str, num_tensors: int) -> None:
     backward = getattr(_ops, f"{name}_bwd").default
-    torch.library.register_autograd(
-        f"fsattn::{name}_fwd",
-        _branch_backward(backward, num_tensors),
-        setup_context=_setup_branch(num_tensors),
-    )
+    _register(name, _branch_backward(backward, num_tensors), _setup_branch(num_tensors))
 
 
 def register() -> None:
@@ -149,7 +159,7 @@ def register() -> None:
         ),
     }
     for name, (backward, setup) in others.items():
-        torch.library.register_autograd(f"fsattn::{name}_fwd", backward, setup_context=setup)
+        _register(name, backward, setup)
     branches = ["compressed_attention", "selected_attention", "window_attention"]
     for name in [*others, *branches]:
         torch.library.register_autograd(f"fsattn::{name}_bwd", _refuse_second_derivative(name))

@@ -62,7 +62,7 @@ def compress_kv(
     if batched:
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens: must not be given with a batched x")
-        cu_seqlens = arguments.batch_seqlens(x.shape[0], x.shape[1], x.device)
+        cu_seqlens = arguments.batch_seqlens(x.shape[0], x.shape[1], x)
         max_seqlen = x.shape[1]
     elif cu_seqlens is None:
         raise ValueError("cu_seqlens: must be given with a packed x, found None")

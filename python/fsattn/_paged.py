@@ -55,7 +55,7 @@ def _sequences(
         if cu_seqlens_q is not None:
             raise ValueError(f"cu_seqlens_q: must not be given with a batched {name}")
         batch, max_q = x.shape[0], x.shape[1]
-        cu_seqlens_q = arguments.batch_seqlens(batch, max_q, x.device)
+        cu_seqlens_q = arguments.batch_seqlens(batch, max_q, x)
     elif cu_seqlens_q is None:
         raise ValueError(f"cu_seqlens_q: must be given with a packed {name}, found None")
     else:

@@ -329,3 +329,22 @@ def test_native_lse_is_detached():
         window_size=3, return_lse=True,
     )  # fmt: skip
     assert o.requires_grad and not any(lse.requires_grad for lse in lses)
+
+
+def test_batched_call_after_inference_mode():
+    """What a batched call keeps for the next one of its shape may not be an inference tensor."""
+    q, k = (randn(2, 20, heads, 16, seed=heads, dtype=torch.float32) for heads in (4, 2))
+    with torch.inference_mode():
+        expected = fsattn.window_attention(q, k, k, window_size=3)
+    leaf = q.requires_grad_()
+    o = fsattn.window_attention(leaf, k, k, window_size=3)
+    o.sum().backward()
+    assert torch.equal(o, expected) and leaf.grad.any()
+
+
+def test_derivative_of_a_function_transform():
+    """torch.func does not go through the Functions of eager calls; it is refused as PyTorch does."""
+    q, k = (randn(20, heads, 16, seed=heads, dtype=torch.float32) for heads in (4, 2))
+    cu = cu_seqlens([20])
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: fsattn.window_attention(x, k, k, cu, window_size=3).sum())(q)
