@@ -32,9 +32,15 @@ struct CompressKvArrays {
   }
 };
 
+inline void launch_cu_seqlens_cmp(const CompressKvFwdParams& p, cudaStream_t stream) {
+  cu_seqlens_cmp_kernel<<<1, kCompressThreads, 0, stream>>>(p.shape, p.cu_seqlens,
+                                                            p.cu_seqlens_cmp);
+}
+
 template <class Element>
 void linear_fwd(const CompressKvFwdParams& p, const CompressKvArrays& s, cudaStream_t stream) {
   const CompressKvShape& shape = p.shape;
+  launch_cu_seqlens_cmp(p, stream);
   const auto heads = static_cast<unsigned>(shape.num_heads);
   const float* bias = nullptr;
   if (p.pos_emb != nullptr) {
@@ -53,18 +59,27 @@ void linear_fwd(const CompressKvFwdParams& p, const CompressKvArrays& s, cudaStr
       <<<grid, LinearTile::kThreads, LinearTile::kSmemBytes, stream>>>(p, bias);
 }
 
+// Also writes cu_seqlens_cmp.
 template <class Element>
 void pool_fwd(const CompressKvFwdParams& p, const CompressKvArrays& s, cudaStream_t stream) {
   const CompressKvShape& shape = p.shape;
   const auto heads = static_cast<unsigned>(shape.num_heads);
-  window_weights_kernel<Element><<<heads, kWarpSize, 0, stream>>>(shape, p.weight, s.weight);
+  const bool is_plain_mean = shape.kind == CompressKind::kMean && p.pos_emb == nullptr;
+  if (!is_plain_mean) {
+    window_weights_kernel<Element><<<heads, kWarpSize, 0, stream>>>(shape, p.weight, s.weight);
+  }
   if (p.pos_emb != nullptr) {
     pool_bias_kernel<Element>
         <<<heads, kCompressThreads, 0, stream>>>(shape, s.weight, p.pos_emb, s.bias);
   }
+  const bool writes_lengths = shape.batch <= kFewSequences;
+  if (!writes_lengths) launch_cu_seqlens_cmp(p, stream);
   const int64_t vectors = shape.rows_cmp * shape.num_heads * (shape.head_dim / kVector);
-  pool_fwd_kernel<Element><<<compress_ctas(vectors), kCompressThreads, 0, stream>>>(
-      p, s.weight, p.pos_emb == nullptr ? nullptr : s.bias);
+  const auto kernel =
+      writes_lengths ? pool_fwd_kernel<Element, true> : pool_fwd_kernel<Element, false>;
+  kernel<<<compress_ctas(vectors), kCompressThreads, 0, stream>>>(
+      p, PoolDivisors(shape), is_plain_mean ? nullptr : s.weight,
+      p.pos_emb == nullptr ? nullptr : s.bias);
 }
 
 template <class Element>
@@ -107,10 +122,14 @@ template <class Element>
 void pool_bwd(const CompressKvBwdParams& p, const CompressKvArrays& s, cudaStream_t stream) {
   const CompressKvShape& shape = p.shape;
   const auto heads = static_cast<unsigned>(shape.num_heads);
-  window_weights_kernel<Element><<<heads, kWarpSize, 0, stream>>>(shape, p.weight, s.weight);
+  const bool is_plain_mean = shape.kind == CompressKind::kMean && p.pos_emb == nullptr;
+  if (!is_plain_mean) {
+    window_weights_kernel<Element><<<heads, kWarpSize, 0, stream>>>(shape, p.weight, s.weight);
+  }
   const int64_t vectors = shape.total * shape.num_heads * (shape.head_dim / kVector);
   if (vectors > 0) {
-    pool_dx_kernel<Element><<<compress_ctas(vectors), kCompressThreads, 0, stream>>>(p, s.weight);
+    pool_dx_kernel<Element><<<compress_ctas(vectors), kCompressThreads, 0, stream>>>(
+        p, PoolDivisors(shape), is_plain_mean ? nullptr : s.weight);
   }
   if (p.dweight != nullptr) {
     const int64_t chunks = compress_kv_num_chunks(shape.rows_cmp);
@@ -134,12 +153,12 @@ void launch_compress_kv_fwd(const CompressKvFwdParams& params, Stream stream) {
   using Element = device::ElementOf<kConfig.dtype>;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const device::CompressKvArrays arrays(params.shape, params.scratch);
-  device::cu_seqlens_cmp_kernel<<<1, device::kCompressThreads, 0, cuda_stream>>>(
-      params.shape, params.cu_seqlens, params.cu_seqlens_cmp);
   if (params.shape.rows_cmp > 0) {
     const bool is_linear = params.shape.kind == CompressKind::kLinear;
     (is_linear ? device::linear_fwd<Element> : device::pool_fwd<Element>)(params, arrays,
                                                                           cuda_stream);
+  } else {
+    device::launch_cu_seqlens_cmp(params, cuda_stream);
   }
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }

@@ -12,7 +12,10 @@ struct Vector8 {
   float x[kVector] = {};
 
   __device__ static Vector8 load(const Element* from) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+    return unpack(*reinterpret_cast<const uint4*>(from));
+  }
+
+  __device__ static Vector8 unpack(const uint4& raw) {
     const uint32_t pairs[] = {raw.x, raw.y, raw.z, raw.w};
     Vector8 v;
 #pragma unroll
