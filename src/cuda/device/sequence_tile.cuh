@@ -38,7 +38,11 @@ __device__ __forceinline__ TileSlot find_tile(const int32_t* cu, int batch, int 
       high = middle - 1;
     }
   }
-  return {low, (slot - __ldg(cu + low) / tile_rows - low) * tile_rows};
+  // Where lengths are wrong, a slot may lie before the first tile, or farther behind it than an int
+  // counts.
+  constexpr int64_t kBehindAll = int64_t{1} << 29;
+  const int64_t first = (int64_t{slot} - __ldg(cu + low) / tile_rows - low) * tile_rows;
+  return {low, static_cast<int>(first < 0 ? kBehindAll : min(first, kBehindAll))};
 }
 
 constexpr int64_t num_tile_slots(int64_t total, int64_t batch, int64_t tile_rows) {
