@@ -49,7 +49,8 @@ void launch_sums(const BwdArgs& a, const ItemArgs& build, int64_t heads, cudaStr
   const auto rows = static_cast<unsigned>(a.space.range * a.space.group);
   const dim3 grid(ceil_div(rows, static_cast<unsigned>(kReduceThreads / kLanes)),
                   static_cast<unsigned>(a.list.num_segments));
-  selected_attn_dq_kernel<Element, kLanes><<<grid, kReduceThreads, 0, stream>>>(a);
+  constexpr bool kInterleaved = kConfig.arch == Arch::kSm90a;
+  selected_attn_dq_kernel<Element, kLanes, kInterleaved><<<grid, kReduceThreads, 0, stream>>>(a);
   const int slices = ceil_div(a.keys * (a.chunks_qk + a.chunks_v) * 2, kDkvSlice);
   const dim3 parts(static_cast<unsigned>(a.num_parts * slices), static_cast<unsigned>(heads));
   selected_attn_dkv_kernel<Element><<<parts, kReduceThreads, 0, stream>>>(DkvArgs{a, build});

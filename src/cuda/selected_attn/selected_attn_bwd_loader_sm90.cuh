@@ -36,7 +36,8 @@ struct alignas(1024) BwdWgmmaStorage {
   int4 is_masked[T::kStages];         // one number a loader: rows with a limit below the last key
   Item items[T::kItems];
   ItemRows at[T::kItems];
-  uint64_t rows_full[T::kStages], rows_empty[T::kStages];
+  uint64_t q_full[T::kStages], q_empty[T::kStages];        // with lse, delta and the limits
+  uint64_t dout_full[T::kStages], dout_empty[T::kStages];  // with the partial rows
   uint64_t item_full[T::kItems];
   uint64_t kv_full, kv_empty;
   int prefix[kMaxSegmentsPerLaunch + 1];
@@ -49,8 +50,10 @@ __device__ __forceinline__ void init_barriers(BwdWgmmaStorage<T>& s) {
   };
   for (int i = 0; i < T::kStages; ++i) {
     // The copies of every lane, and each loader's own writes.
-    init(s.rows_full[i], T::kLoaders * (kWarpSize + 1));
-    init(s.rows_empty[i], T::kConsumers);
+    init(s.q_full[i], T::kLoaders * (kWarpSize + 1));
+    init(s.dout_full[i], T::kLoaders * (kWarpSize + 1));
+    init(s.q_empty[i], T::kConsumers);
+    init(s.dout_empty[i], T::kConsumers);
   }
   for (int i = 0; i < T::kItems; ++i) init(s.item_full[i], 1);
   init(s.kv_full, 1);
@@ -148,7 +151,7 @@ __device__ __forceinline__ LoaderRow find_row(const BwdArgs& a, const BwdWgmmaSt
   return {__ldg(entries + item.first + e), a.space.group_div.remainder(r, e)};
 }
 
-// What the consumers need to know of this warp's rows.
+// What the consumers need to know of this warp's rows with Q.
 template <class T>
 __device__ __forceinline__ void publish_rows(const BwdArgs& a, BwdWgmmaStorage<T>& s, int n,
                                              int stage, const LoaderRow& row, int token, int warp,
@@ -157,44 +160,66 @@ __device__ __forceinline__ void publish_rows(const BwdArgs& a, BwdWgmmaStorage<T
   int limit = T::kKeys - 1;
   if (row.entry >= 0) {
     const Item& item = s.items[n % T::kItems];
-    const ItemRows& at = s.at[n % T::kItems];
-    const int place = a.space.topk_div.remainder(row.entry, token);
-    const int out_row = at.partial_row(a.space, token, place, row.h);
     limit = min(token - item.diag_token, item.num_keys - 1);
     s.limit[stage][r] = limit;
-    s.out_row[stage][r] = out_row;
-    if (row.h == 0) a.marks[a.space.group_div.quotient(out_row)] = 1;
-    const float2* stats =
-        a.stats + token * a.attn.shape.num_heads_q + at.kv_head * a.space.group + row.h;
+    const float2* stats = a.stats + token * a.attn.shape.num_heads_q +
+                          s.at[n % T::kItems].kv_head * a.space.group + row.h;
     device::cp_async_4(device::smem_address(&s.lse[stage][r]), &stats->x);
     device::cp_async_4(device::smem_address(&s.delta[stage][r]), &stats->y);
   } else if (lane < T::kLoaderRows) {
     s.limit[stage][r] = limit;
-    s.out_row[stage][r] = -1;
     s.lse[stage][r] = s.delta[stage][r] = 0.f;
   }
   const bool is_masked = __any_sync(kFullMask, limit < T::kKeys - 1);
   if (lane == 0) reinterpret_cast<int*>(&s.is_masked[stage])[warp] = is_masked;
 }
 
+// And with dO: where dQ goes.
+template <class T>
+__device__ __forceinline__ void publish_partial_rows(const BwdArgs& a, BwdWgmmaStorage<T>& s, int n,
+                                                     int stage, const LoaderRow& row, int token,
+                                                     int warp, int lane) {
+  int out_row = -1;
+  if (row.entry >= 0) {
+    const int place = a.space.topk_div.remainder(row.entry, token);
+    out_row = s.at[n % T::kItems].partial_row(a.space, token, place, row.h);
+    if (row.h == 0) a.marks[a.space.group_div.quotient(out_row)] = 1;
+  }
+  if (lane < T::kLoaderRows) s.out_row[stage][warp * T::kLoaderRows + lane] = out_row;
+}
+
+// The rows of this warp are complete when its copies so far have landed.
+__device__ __forceinline__ void announce_rows(uint64_t& full, int lane) {
+  device::cp_async_arrive(device::smem_address(&full));
+  __syncwarp();
+  if (lane == 0) device::mbarrier_arrive(device::smem_address(&full));
+}
+
+// Where the lane's row begins in a matrix, in units of 16 bytes.
+inline constexpr uint32_t kNoLoaderRow = 0xffffffffu;
+__device__ __forceinline__ uint32_t offset_of_row(const Rows& rows, const LoaderRow& row, int token,
+                                                  int head0) {
+  if (row.entry < 0) return kNoLoaderRow;
+  return static_cast<uint32_t>((token * rows.token_stride + (head0 + row.h) * rows.head_stride) /
+                               8);
+}
+
 // Starts the copies of this warp's 16 rows of a matrix; rows that do not exist become zero.
 template <class T>
-__device__ __forceinline__ void gather_rows(uint32_t tile, const Rows& rows, const LoaderRow& row,
-                                            int token, int head0, uint64_t policy, int warp,
+__device__ __forceinline__ void gather_rows(uint32_t tile, const Rows& rows,
+                                            uint32_t offset_of_lane, uint64_t policy, int warp,
                                             int lane) {
-  const auto offset_of_lane =
-      static_cast<uint32_t>((token * rows.token_stride + (head0 + row.h) * rows.head_stride) / 8);
-  const unsigned exists = __ballot_sync(kFullMask, row.entry >= 0);
   const int first = lane / T::kChunks, chunk = lane % T::kChunks;
   const char* source = static_cast<const char*>(rows.data) + chunk * 16;
   const uint32_t to = tile + (warp * T::kLoaderRows + first) * 128 + chunk / 8 * T::kPanelBytes +
                       ((chunk ^ first) & 7) * 16;
 #pragma unroll
   for (int r0 = 0; r0 < T::kLoaderRows; r0 += T::kStepRows) {
-    const int r = r0 + first;
-    const uint32_t offset = __shfl_sync(kFullMask, offset_of_lane, r);
-    device::cp_async_16_zero_fill((to ^ (r0 % 8 * 16)) + r0 * 128, source + int64_t{offset} * 16,
-                                  exists >> r & 1 ? 16 : 0, policy);
+    const uint32_t offset = __shfl_sync(kFullMask, offset_of_lane, r0 + first);
+    const bool exists = offset != kNoLoaderRow;
+    device::cp_async_16_zero_fill((to ^ (r0 % 8 * 16)) + r0 * 128,
+                                  source + (exists ? int64_t{offset} * 16 : 0), exists ? 16 : 0,
+                                  policy);
   }
 }
 
@@ -222,19 +247,19 @@ __device__ __forceinline__ void load_rows(const BwdArgs& a, BwdWgmmaStorage<T>& 
       exists = enter_item<T>(a, s, ++n, warp, lane);
     }
     if (exists) next = find_row<T>(a, s, n, tile, warp, lane);
-    const int stage = use % T::kStages;
-    device::mbarrier_wait(device::smem_address(&s.rows_empty[stage]), (use / T::kStages & 1) ^ 1);
+    const int stage = use % T::kStages, parity = (use / T::kStages & 1) ^ 1;
     const int token = row.entry < 0 ? 0 : a.space.topk_div.quotient(row.entry);
     const int head0 = s.at[item % T::kItems].kv_head * a.space.group;
+    const uint32_t q_at = offset_of_row(a.attn.q, row, token, head0);
+    const uint32_t dout_at = offset_of_row(a.attn.dout, row, token, head0);
+    device::mbarrier_wait(device::smem_address(&s.q_empty[stage]), parity);
+    gather_rows<T>(device::smem_address(s.q[stage]), a.attn.q, q_at, policy, warp, lane);
     publish_rows<T>(a, s, item, stage, row, token, warp, lane);
-    gather_rows<T>(device::smem_address(s.q[stage]), a.attn.q, row, token, head0, policy, warp,
-                   lane);
-    gather_rows<T>(device::smem_address(s.dout[stage]), a.attn.dout, row, token, head0, policy,
-                   warp, lane);
-    const uint32_t full = device::smem_address(&s.rows_full[stage]);
-    device::cp_async_arrive(full);
-    __syncwarp();
-    if (lane == 0) device::mbarrier_arrive(full);
+    announce_rows(s.q_full[stage], lane);
+    device::mbarrier_wait(device::smem_address(&s.dout_empty[stage]), parity);
+    gather_rows<T>(device::smem_address(s.dout[stage]), a.attn.dout, dout_at, policy, warp, lane);
+    publish_partial_rows<T>(a, s, item, stage, row, token, warp, lane);
+    announce_rows(s.dout_full[stage], lane);
     if (is_first && warp == 0) load_part<T>(a, s, k_map, v_map, item, lane);
   }
   device::cp_async_commit();

@@ -45,9 +45,16 @@ __global__ void __launch_bounds__(kReduceThreads)
   a.stats[row] = {lse * device::kLog2E, sum};
 }
 
+// Where a lane's eight columns of dQ are. Interleaved partial rows keep the order of wgmma's accumulators:
+// lane 4 k + q holds columns 2 q and 2 q + 1 of the 8-column groups 4 k .. 4 k + 3.
+template <bool kInterleaved>
+__device__ __forceinline__ int dq_column(int lane, int pair) {
+  return kInterleaved ? lane / 4 * 32 + pair * 8 + lane % 4 * 2 : lane * 8 + pair * 2;
+}
+
 // dq[t, h] = sum over the written partial rows, in ascending order of place. kLanes lanes a row, grid
 // (rows of a segment, segments).
-template <class Element, int kLanes>
+template <class Element, int kLanes, bool kInterleaved>
 __global__ void __launch_bounds__(kReduceThreads)
     selected_attn_dq_kernel(const __grid_constant__ BwdArgs a) {
   constexpr int kUnroll = 8;  // rows in flight a lane
@@ -62,9 +69,15 @@ __global__ void __launch_bounds__(kReduceThreads)
   const uint4* source =
       static_cast<const uint4*>(a.dq_partial) + (slot0 * space.group + h) * a.chunks_qk + lane;
   const int64_t stride = int64_t{space.group} * a.chunks_qk;
-  device::Vector8<Element> sum;
-  Element* dq = row_pointer16<Element>(a.attn.dq, token, kv_head * space.group + h) + lane * 8;
-  if (a.attn.accumulate_dq) sum = device::Vector8<Element>::load(dq);
+  Element* dq = row_pointer16<Element>(a.attn.dq, token, kv_head * space.group + h);
+  const auto pair_of_dq = [&](int i) {
+    return reinterpret_cast<uint32_t*>(dq + dq_column<kInterleaved>(lane, i));
+  };
+  float2 sum[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (a.attn.accumulate_dq) sum[i] = device::unpack_pair<Element>(*pair_of_dq(i));
+  }
   for (int s0 = 0; s0 < space.partials; s0 += kUnroll) {
     uint4 chunk[kUnroll];
 #pragma unroll
@@ -78,12 +91,12 @@ __global__ void __launch_bounds__(kReduceThreads)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float2 pair = device::unpack_pair<Element>(words[j]);
-        sum.x[2 * j] += pair.x;
-        sum.x[2 * j + 1] += pair.y;
+        sum[j] = {sum[j].x + pair.x, sum[j].y + pair.y};
       }
     }
   }
-  sum.store(dq);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) *pair_of_dq(i) = device::pack_pair<Element>(sum[i].x, sum[i].y);
 }
 
 // Four columns of the row [dk, dv] of a key.

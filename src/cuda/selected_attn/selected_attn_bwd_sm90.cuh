@@ -5,12 +5,12 @@
 //         While one CTA waits for its products, the other one computes.
 // Roles   the consumers hold dK, dV of the item in registers and keys in the rows of the accumulators:
 //         S^T = K Q^T and dP^T = V dO^T from shared memory; P^T and dS^T are A operands as they are;
-//         dS goes through shared memory for dQ = dS K. A loader warp gathers 16 rows of Q and dO, two
-//         tiles deep, across item borders. Loader 0 also walks the work items and brings K and V.
-// Memory  K, V 32 KiB, two stages of Q and dO 64 KiB, dS 8 KiB. dQ leaves through the
-//         stage of its dO.
-// Regs    dK 64, dV 64, 32 of S, dP or dQ: 208 a consumer thread, 48 a loader
-//         thread. With S and dP at the same time ptxas serialises the products.
+//         dS goes through shared memory for dQ = dS K, and dQ leaves from the accumulators. A loader
+//         warp gathers 16 rows of Q and dO, two tiles deep, across item borders; dO of a tile is given
+//         back before its dK and dQ, Q after dK. Loader 0 also walks the work items and brings K and V.
+// Memory  K, V 32 KiB, two stages of Q and dO 64 KiB, dS 8 KiB.
+// Regs    dK 64, dV 64, 32 of S, dP or dQ: 208 a consumer thread, 48 a loader thread. With S and dP, or dV
+//         and dS, in flight together a consumer needs 224 to 240, or ptxas serialises all products.
 // Bound   as selected_attn_bwd_sm80.cuh; tensor cores 1280 clocks a tile.
 #pragma once
 #include "cuda/device/wgmma_ss_sm90.cuh"
@@ -131,7 +131,7 @@ __device__ __forceinline__ void start_dq(float (&dq)[32], uint32_t ds_tile, uint
   device::wgmma_commit();
 }
 
-// 64 columns of the warp's 16 rows of dQ, scaled and packed: word i holds elements 2 i and 2 i + 1.
+// 64 columns of the warp's 16 rows of dQ, scaled and packed in the order of the accumulators.
 template <class T>
 __device__ __forceinline__ void pack_dq(uint32_t (&packed)[16], const float (&dq)[32],
                                         float scale) {
@@ -141,43 +141,39 @@ __device__ __forceinline__ void pack_dq(uint32_t (&packed)[16], const float (&dq
   }
 }
 
-// They go to shared memory. `lane_at`: the lane's row, first 16 bytes.
-__device__ __forceinline__ void stage_dq(const uint32_t (&packed)[16], uint32_t lane_at) {
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {  // 16 columns: two 8 x 8 column groups x two row halves
-    device::stmatrix_x4(lane_at ^ (j * 32), packed[4 * j], packed[4 * j + 1], packed[4 * j + 2],
-                        packed[4 * j + 3]);
-  }
-}
-
-// The warp's 16 rows of dQ, staged at `here`, to the partial rows.
+// They go to the partial rows in that order: 16 bytes hold the lane's two columns of four 8-column
+// groups, and a quad writes 64 bytes of a row. The sum of dQ puts the columns back (kInterleaved).
+// `to`: rows lane / 4 and 8 behind it.
 template <class T>
-__device__ __forceinline__ void write_dq(const BwdArgs& a, uint32_t here, const int* out_row,
-                                         int lane) {
+__device__ __forceinline__ void write_dq(const uint32_t (&packed)[16], char* columns,
+                                         const int (&to)[2]) {
   const uint64_t policy = device::l2_evict_first();
-  const int first = lane / T::kChunks, chunk = lane % T::kChunks;
-  char* partial = static_cast<char*>(a.dq_partial) + chunk * 16;
-  const uint32_t from = here + first * T::kRowBytes + (chunk ^ first) * 16;
 #pragma unroll
-  for (int r0 = 0; r0 < 16; r0 += T::kStepRows) {
-    const int to = out_row[r0 + first];
-    const uint4 x = device::load_shared_u128((from ^ (r0 % 8 * 16)) + r0 * T::kRowBytes);
-    if (to >= 0) device::store_global_u128_hint(partial + int64_t{to} * T::kRowBytes, x, policy);
+  for (int half = 0; half < 2; ++half) {
+    if (to[half] < 0) continue;
+    char* row = columns + int64_t{to[half]} * T::kRowBytes;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t* x = packed + 8 * j + half;
+      device::store_global_u128_hint(row + j * 64, uint4{x[0], x[2], x[4], x[6]}, policy);
+    }
   }
 }
 
-// One tile: its part of dK and dV, and its rows of dQ.
+// P^T and dS^T of a tile, and dV += P^T dO. Gives dO back and returns where the lane's rows of dQ go.
 template <class T>
-__device__ __forceinline__ void consume_tile(const BwdArgs& a, BwdWgmmaStorage<T>& s, int stage,
-                                             bool is_last, int warp, int lane,
-                                             typename T::Gradient& dk, typename T::Gradient& dv) {
-  const uint32_t q = device::smem_address(s.q[stage]), dout = device::smem_address(s.dout[stage]);
-  const uint32_t k = device::smem_address(s.k), ds_tile = device::smem_address(s.ds);
-  uint32_t prob[16], ds[16];
+__device__ __forceinline__ void compute_scores(const BwdArgs& a, BwdWgmmaStorage<T>& s, int stage,
+                                               int parity, int warp, int lane, uint32_t (&ds)[16],
+                                               typename T::Gradient& dv, int (&to)[2]) {
+  const uint32_t dout = device::smem_address(s.dout[stage]);
+  uint32_t prob[16];
+  // The copies of the loaders are ordinary writes, and wgmma reads through another proxy.
+  device::mbarrier_wait(device::smem_address(&s.q_full[stage]), parity);
+  device::fence_async_proxy();
   {
     float score[32];
     device::wgmma_fence();
-    start_scores<T>(score, k, q);
+    start_scores<T>(score, device::smem_address(s.k), device::smem_address(s.q[stage]));
     const int4 masked = s.is_masked[stage];
     device::wgmma_wait_group<0>();
     device::pin_registers(score);
@@ -186,39 +182,50 @@ __device__ __forceinline__ void consume_tile(const BwdArgs& a, BwdWgmmaStorage<T
       mask_probabilities(prob, s.limit[stage], warp, lane);
     }
   }
-  {
-    float dp[32];
-    device::wgmma_fence();
-    start_scores<T>(dp, device::smem_address(s.v), dout);
-    start_gradient<T>(dv, prob, dout);
-    device::wgmma_wait_group<0>();
-    device::pin_registers(dp);
-    score_gradient<T>(ds, dp, prob, s.delta[stage], lane);
-  }
-  start_gradient<T>(dk, ds, q);
+  device::mbarrier_wait(device::smem_address(&s.dout_full[stage]), parity);
+  device::fence_async_proxy();
+  float dp[32];
+  device::wgmma_fence();
+  start_scores<T>(dp, device::smem_address(s.v), dout);
+  start_gradient<T>(dv, prob, dout);
+  device::wgmma_wait_group<0>();
+  device::pin_registers(dp);
+  score_gradient<T>(ds, dp, prob, s.delta[stage], lane);
+  to[0] = s.out_row[stage][warp * 16 + lane / 4];
+  to[1] = s.out_row[stage][warp * 16 + lane / 4 + 8];
+  __syncwarp();
+  if (lane == 0) device::mbarrier_arrive(device::smem_address(&s.dout_empty[stage]));
+}
+
+// One tile: its part of dK and dV, and its rows of dQ.
+template <class T>
+__device__ __forceinline__ void consume_tile(const BwdArgs& a, BwdWgmmaStorage<T>& s, int stage,
+                                             int parity, bool is_last, int warp, int lane,
+                                             typename T::Gradient& dk, typename T::Gradient& dv) {
+  uint32_t ds[16];
+  int to[2];
+  compute_scores<T>(a, s, stage, parity, warp, lane, ds, dv, to);
+  const uint32_t ds_tile = device::smem_address(s.ds);
+  start_gradient<T>(dk, ds, device::smem_address(s.q[stage]));
   sync_consumers();  // nobody's wgmma reads dS of the tile before
   store_score_gradient(ds_tile, ds, warp, lane);
   device::fence_async_proxy();
   sync_consumers();  // dS is complete
-  uint32_t packed[T::kPanels][16];
+  char* columns = static_cast<char*>(a.dq_partial) + lane % 4 * 16;
+  uint32_t packed[16];
 #pragma unroll
   for (int panel = 0; panel < T::kPanels; ++panel) {
     float dq[32];
-    start_dq<T>(dq, ds_tile, k + panel * T::kPanelBytes);
+    start_dq<T>(dq, ds_tile, device::smem_address(s.k) + panel * T::kPanelBytes);
+    if (panel > 0) write_dq<T>(packed, columns + (panel - 1) * 128, to);
     device::wgmma_wait_group<0>();
     device::pin_registers(dq);
-    pack_dq<T>(packed[panel], dq, a.scale);
+    // dK is complete with the first panel, and with it the last use of Q.
+    if (panel == 0 && lane == 0) device::mbarrier_arrive(device::smem_address(&s.q_empty[stage]));
+    pack_dq<T>(packed, dq, a.scale);
   }
   if (is_last && lane == 0) device::mbarrier_arrive(device::smem_address(&s.kv_empty));
-  // dV, that read dO, was complete in all warps before dS was.
-  const uint32_t here = dout + warp * 16 * T::kRowBytes;
-  const uint32_t lane_at = here + lane % 16 * T::kRowBytes + ((lane / 16 ^ lane) & 7) * 16;
-#pragma unroll
-  for (int panel = 0; panel < T::kPanels; ++panel) stage_dq(packed[panel], lane_at + panel * 128);
-  __syncwarp();
-  write_dq<T>(a, here, s.out_row[stage] + warp * 16, lane);
-  __syncwarp();
-  if (lane == 0) device::mbarrier_arrive(device::smem_address(&s.rows_empty[stage]));
+  write_dq<T>(packed, columns + (T::kPanels - 1) * 128, to);
 }
 
 // The item's dK and dV, fp32 [keys][D + Dv]; `out` is the lane's first element.
@@ -259,9 +266,8 @@ __device__ __forceinline__ void consume(const BwdArgs& a, BwdWgmmaStorage<T>& s,
     device::mbarrier_wait(device::smem_address(&s.kv_full), n & 1);
     for (int row = 0; row < num_rows; row += T::kRows, ++use) {
       const int stage = use % T::kStages;
-      device::mbarrier_wait(device::smem_address(&s.rows_full[stage]), use / T::kStages & 1);
-      device::fence_async_proxy();  // the copies of the loaders are ordinary writes
-      consume_tile<T>(a, s, stage, row + T::kRows >= num_rows, warp, lane, dk, dv);
+      consume_tile<T>(a, s, stage, use / T::kStages & 1, row + T::kRows >= num_rows, warp, lane, dk,
+                      dv);
     }
     device::pin_registers(dk);
     device::pin_registers(dv);
