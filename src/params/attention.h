@@ -37,6 +37,14 @@ struct AttnFwdTensors {
   Stats lse;  // natural logarithm; -inf where a query sees no key
 };
 
+// The dQ of compressed and of window attention as one sum, where the kernels of both keep theirs in fp32
+// (plan/dense_attn_table.h): compressed attention opens it, window attention adds to it and rounds.
+struct SharedDq {
+  float* sums;                 // null: not shared
+  int32_t* turns;              // what this kernel notes of its additions
+  const int32_t* prior_turns;  // those of compressed attention, for window attention; else null
+};
+
 struct AttnBwdTensors {
   Packing packing;
   AttnShape shape;
@@ -51,6 +59,7 @@ struct AttnBwdTensors {
   // the CPU. fp32: delta [Hq, total_q] for compressed and window attention, pairs {lse / ln 2, delta}
   // [total_q, Hq] for selected attention, which then reads neither o nor lse.
   void* row_stats;
+  SharedDq shared_dq;
 };
 
 template <class Mask>

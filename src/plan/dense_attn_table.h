@@ -106,11 +106,20 @@ constexpr bool has_fused_bwd(Op op, Arch arch, int64_t group_size) {
   return op == Op::kWindowAttn || group_size <= 8;  // one head a CTA: compressed_attn_bwd_splits()
 }
 
-// delta is fp32 [Hq, total_q]. `key_rows` is 0 where nothing is split.
-constexpr DenseAttnBwdScratch dense_attn_bwd_scratch(bool is_fused, int64_t batch, int64_t total_q,
-                                                     int64_t num_heads_q, int64_t num_heads_kv,
-                                                     int64_t key_rows, int64_t head_dim,
-                                                     int64_t head_dim_v) {
+// The sums of dQ of such a kernel, in bytes, and its turns.
+constexpr int64_t dense_dq_sums_bytes(int64_t total_q, int64_t num_heads_q) {
+  return num_heads_q * total_q * 128 * 4;
+}
+constexpr int64_t dense_num_turns(int64_t batch, int64_t total_q, int64_t num_heads_q) {
+  return 1 + (total_q / kTurnQueries + batch + 1) * num_heads_q;
+}
+
+// delta is fp32 [Hq, total_q]. `key_rows` is 0 where nothing is split. `has_dq_sums`: of a fused kernel
+// that does not share them.
+constexpr DenseAttnBwdScratch dense_attn_bwd_scratch(bool has_dq_sums, int64_t batch,
+                                                     int64_t total_q, int64_t num_heads_q,
+                                                     int64_t num_heads_kv, int64_t key_rows,
+                                                     int64_t head_dim, int64_t head_dim_v) {
   const int64_t splits =
       num_heads_kv == 0 ? 1 : compressed_attn_bwd_splits(num_heads_q / num_heads_kv);
   const int64_t rows = splits > 1 ? splits * key_rows * num_heads_kv * 4 : 0;
@@ -120,21 +129,22 @@ constexpr DenseAttnBwdScratch dense_attn_bwd_scratch(bool is_fused, int64_t batc
   s.partial_dv = s.partial_dk + round_up(rows * head_dim, int64_t{256});
   s.dq_sums = s.partial_dv + round_up(rows * head_dim_v, int64_t{256});
   s.turns = s.dq_sums;
-  if (is_fused) {
-    s.turns += num_heads_q * total_q * 128 * 4;
-    s.num_turns = 1 + (total_q / kTurnQueries + batch + 1) * num_heads_q;
+  if (has_dq_sums) {
+    s.turns += dense_dq_sums_bytes(total_q, num_heads_q);
+    s.num_turns = dense_num_turns(batch, total_q, num_heads_q);
   }
   s.bytes = s.turns + round_up(s.num_turns * 4, int64_t{256});
   return s;
 }
 
 // Scratch bytes of a call of either operator by a row of `arch`.
-constexpr size_t dense_attn_workspace(const Problem& p, Arch arch) {
+constexpr size_t dense_attn_workspace(const Problem& p, Arch arch, bool shares_dq = false) {
   if (p.pass == Pass::kFwd) return 0;
   const int64_t key_rows = p.op == Op::kCompressedAttn ? p.total_k / p.kernel_stride : 0;
   return static_cast<size_t>(
-      dense_attn_bwd_scratch(has_fused_bwd(p.op, arch, p.group_size()), p.batch, p.total_q,
-                             p.num_heads_q, p.num_heads_kv, key_rows, p.head_dim, p.head_dim_v)
+      dense_attn_bwd_scratch(!shares_dq && has_fused_bwd(p.op, arch, p.group_size()), p.batch,
+                             p.total_q, p.num_heads_q, p.num_heads_kv, key_rows, p.head_dim,
+                             p.head_dim_v)
           .bytes);
 }
 

@@ -4,6 +4,8 @@
 #include <initializer_list>
 #include <sstream>
 
+#include "plan/dense_attn_table.h"
+
 namespace fsattn {
 namespace {
 
@@ -20,6 +22,27 @@ size_t gradient_bytes(const Problem& gate) {
 
 size_t stats_bytes(const Problem& gate) {
   return static_cast<size_t>(gate.total_q * gate.num_heads_q) * 2 * sizeof(float);
+}
+
+// Lays out the scratch memory of a plan that shares dQ: behind what compressed and window attention
+// use, the sums and turns lie in the memory that selected attention has used before.
+void add_shared_dq(WorkspaceLayout& layout, NsaBwdPlan& plan, const NsaBwdProblem& problem) {
+  plan.compressed.workspace_bytes =
+      dense_attn_workspace(problem.compressed, plan.compressed.arch, true);
+  plan.window.workspace_bytes = dense_attn_workspace(problem.window, plan.window.arch, true);
+  const Problem& p = problem.compressed;
+  const int64_t turns = dense_num_turns(p.batch, p.total_q, p.num_heads_q);
+  const auto turn_bytes = static_cast<size_t>(turns) * sizeof(int32_t);
+  WorkspaceLayout dense;
+  dense.add(largest_workspace({&plan.compressed, &plan.window}));
+  plan.dq_sums = dense.add(static_cast<size_t>(dense_dq_sums_bytes(p.total_q, p.num_heads_q)));
+  plan.turns_cmp = dense.add(turn_bytes);
+  plan.turns_win = dense.add(turn_bytes);
+  plan.scratch =
+      layout.add(std::max(dense.bytes(), largest_workspace({&plan.gate, &plan.selected})));
+  for (Region* region : {&plan.dq_sums, &plan.turns_cmp, &plan.turns_win}) {
+    region->offset += plan.scratch.offset;
+  }
 }
 
 std::string steps_text(const char* pass, size_t workspace_bytes,
@@ -72,8 +95,15 @@ NsaBwdPlan make_plan(const NsaBwdProblem& problem, const DeviceInfo& device) {
   plan.stats_cmp = layout.add(stats);
   plan.stats_sel = layout.add(stats);
   plan.stats_win = layout.add(stats);
-  plan.scratch =
-      layout.add(largest_workspace({&plan.gate, &plan.compressed, &plan.selected, &plan.window}));
+  const int64_t group = problem.compressed.group_size();
+  plan.shares_dq = has_fused_bwd(Op::kCompressedAttn, plan.compressed.arch, group) &&
+                   has_fused_bwd(Op::kWindowAttn, plan.window.arch, group);
+  if (plan.shares_dq) {
+    add_shared_dq(layout, plan, problem);
+  } else {
+    plan.scratch =
+        layout.add(largest_workspace({&plan.gate, &plan.compressed, &plan.selected, &plan.window}));
+  }
   plan.workspace_bytes = layout.bytes();
   return plan;
 }

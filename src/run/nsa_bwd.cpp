@@ -41,16 +41,43 @@ void run_folded_gate(const NsaBwdPlan& plan, NsaBwdParams& p, void* workspace, S
   run_step(plan.gate, params, scratch_in(workspace, plan.scratch), stream);
 }
 
+// Selected attention writes dq before the others, whose sums lie in its scratch memory.
+void run_branches_with_shared_dq(const NsaBwdPlan& plan, NsaBwdParams& p, void* workspace,
+                                 Stream stream) {
+  const Scratch scratch = scratch_in(workspace, plan.scratch);
+  auto* sums = static_cast<float*>(data_in(workspace, plan.dq_sums));
+  auto* turns_cmp = static_cast<int32_t*>(data_in(workspace, plan.turns_cmp));
+  auto* turns_win = static_cast<int32_t*>(data_in(workspace, plan.turns_win));
+  p.compressed.attn.shared_dq = {sums, turns_cmp, nullptr};
+  p.window.attn.shared_dq = {sums, turns_win, turns_cmp};
+  p.selected.attn.accumulate_dq = false;
+  run_step(plan.selected, p.selected, scratch, stream);      // -> dq, dk, dv
+  run_step(plan.compressed, p.compressed, scratch, stream);  // -> dk_cmp, dv_cmp, sums
+  run_step(plan.window, p.window, scratch, stream);          // sums -> dq added; dk, dv added
+}
+
+void run_branches(const NsaBwdPlan& plan, const NsaBwdParams& p, void* workspace, Stream stream) {
+  const Scratch scratch = scratch_in(workspace, plan.scratch);
+  run_step(plan.compressed, p.compressed, scratch, stream);  // -> dq, dk_cmp, dv_cmp
+  run_step(plan.selected, p.selected, scratch, stream);      // -> dq added; dk, dv
+  run_step(plan.window, p.window, scratch, stream);          // -> dq, dk, dv added
+}
+
 }  // namespace
 
 void run_nsa_bwd(const NsaBwdPlan& plan, const NsaBwdParams& params, void* workspace,
                  Stream stream) {
   NsaBwdParams p = params;
-  (plan.folds_gates ? run_folded_gate : run_gate)(plan, p, workspace, stream);
-  const Scratch scratch = scratch_in(workspace, plan.scratch);
-  run_step(plan.compressed, p.compressed, scratch, stream);  // -> dq, dk_cmp, dv_cmp
-  run_step(plan.selected, p.selected, scratch, stream);      // -> dq added; dk, dv
-  run_step(plan.window, p.window, scratch, stream);          // -> dq, dk, dv added
+  if (plan.folds_gates) {
+    run_folded_gate(plan, p, workspace, stream);
+  } else {
+    run_gate(plan, p, workspace, stream);
+  }
+  if (plan.shares_dq) {
+    run_branches_with_shared_dq(plan, p, workspace, stream);
+  } else {
+    run_branches(plan, p, workspace, stream);
+  }
 }
 
 }  // namespace fsattn

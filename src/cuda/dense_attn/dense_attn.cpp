@@ -46,9 +46,13 @@ void launch_bwd(Op op, int row, const Params& params, int64_t split_rows, Stream
   const AttnBwdTensors& attn = params.attn;
   const AttnShape& shape = attn.shape;
   const Arch arch = kDenseAttnBwdTable.at(static_cast<size_t>(row)).arch;
+  const SharedDq& shared = attn.shared_dq;
+  const bool is_fused = has_fused_bwd(op, arch, shape.group_size()), is_shared = shared.sums;
+  FSATTN_ASSERT(is_fused || !is_shared);
+  const Packing& packing = attn.packing;
   const DenseAttnBwdScratch scratch = dense_attn_bwd_scratch(
-      has_fused_bwd(op, arch, shape.group_size()), attn.packing.batch, attn.packing.total_q,
-      shape.num_heads_q, shape.num_heads_kv, split_rows, shape.head_dim, shape.head_dim_v);
+      is_fused && !is_shared, packing.batch, packing.total_q, shape.num_heads_q, shape.num_heads_kv,
+      split_rows, shape.head_dim, shape.head_dim_v);
   FSATTN_ASSERT(params.scratch.bytes >= static_cast<size_t>(scratch.bytes));
   auto* base = static_cast<std::byte*>(params.scratch.data);
   DenseBwdBuffers buffers{};
@@ -59,6 +63,13 @@ void launch_bwd(Op op, int row, const Params& params, int64_t split_rows, Stream
   buffers.dq_sums = reinterpret_cast<float*>(base + scratch.dq_sums);
   buffers.turns = reinterpret_cast<int*>(base + scratch.turns);
   buffers.num_turns = scratch.num_turns;
+  if (is_shared) {
+    buffers.dq_sums = shared.sums;
+    buffers.turns = shared.turns;
+    buffers.num_turns = dense_num_turns(packing.batch, packing.total_q, shape.num_heads_q);
+    buffers.leaves_dq = op == Op::kCompressedAttn;
+    buffers.prior_turns = shared.prior_turns;
+  }
   buffers.splits =
       split_rows == 0 ? 1 : static_cast<int>(compressed_attn_bwd_splits(shape.group_size()));
   buffers.partial_rows = static_cast<int>(split_rows);

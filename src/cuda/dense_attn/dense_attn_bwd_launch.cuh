@@ -89,16 +89,16 @@ void launch_dense_attn_fused(const AttnBwdTensors& tensors, const device::KeySet
                              const DenseBwdBuffers& buffers, cudaStream_t stream) {
   using Traits = DenseBwdSm90Traits<kConfig>;
   const Packing& packing = tensors.packing;
+  FSATTN_CUDA_CHECK(cudaMemsetAsync(buffers.turns, 0,
+                                    static_cast<size_t>(buffers.num_turns) * sizeof(int), stream));
   if (keys.total_keys > 0) {
-    FSATTN_CUDA_CHECK(cudaMemsetAsync(
-        buffers.turns, 0, static_cast<size_t>(buffers.num_turns) * sizeof(int), stream));
     launch_key_tiles<Traits>(dense_attn_bwd_sm90_kernel<Traits>, tensors, keys, buffers, stream);
   }
-  if (packing.total_q == 0) return;
+  if (packing.total_q == 0 || buffers.leaves_dq) return;
   const int64_t ctas = device::num_tile_slots(packing.total_q, packing.batch, kTurnQueries) *
                        tensors.shape.num_heads_q;
   dense_attn_round_dq_kernel<typename Traits::Element>
-      <<<static_cast<unsigned>(ctas), kRoundThreads, 0, stream>>>(tensors, keys, buffers.dq_sums);
+      <<<static_cast<unsigned>(ctas), kRoundThreads, 0, stream>>>(tensors, keys, buffers);
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
 

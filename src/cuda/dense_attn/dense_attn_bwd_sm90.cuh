@@ -133,13 +133,15 @@ __device__ __forceinline__ void add_query_gradients(const DenseBwdSm90Smem<Trait
     const int turn =
         (work.first_key - band.first_key(work.offset + first) / Traits::kTileKv * Traits::kTileKv) /
         Traits::kTileKv;
-    int* turns =
-        buffers.turns + 1 + (int64_t{work.query_slot} + at.index) * p.shape.num_heads_q + at.head;
+    const int64_t tile = 1 + (int64_t{work.query_slot} + at.index) * p.shape.num_heads_q + at.head;
+    int* turns = buffers.turns + tile;
+    const bool is_first =
+        turn == 0 && (buffers.prior_turns == nullptr || buffers.prior_turns[tile] == 0);
     float* sums =
         buffers.dq_sums + (at.head * p.packing.total_q + work.token + first) * device::kPanelDim;
     wait_for_turn(turns, turn, patience);
     mbarrier_wait(smem.dq_full(n), n / 2 & 1);
-    if (turn == 0) {
+    if (is_first) {
       bulk_store(sums, smem.dq(), rows * device::kPanelDim * 4);
     } else {
       bulk_add(sums, smem.dq(), rows * device::kPanelDim * 4);

@@ -13,9 +13,18 @@ template <class Element>
 __global__ void __launch_bounds__(kRoundThreads)
     dense_attn_round_dq_kernel(const __grid_constant__ AttnBwdTensors p,
                                const __grid_constant__ device::KeySet keys,
-                               const float* __restrict__ sums) {
+                               const __grid_constant__ DenseBwdBuffers buffers) {
   __shared__ QueryTileWork work;
-  if (threadIdx.x == 0) work = find_query_tile<kTurnQueries>(p, keys);
+  __shared__ bool has_sums;
+  if (threadIdx.x == 0) {
+    work = find_query_tile<kTurnQueries>(p, keys);
+    // Tiles are numbered from the last one on here.
+    const int num_heads = static_cast<int>(p.shape.num_heads_q);
+    const int tile = gridDim.x / num_heads - 1 - blockIdx.x / num_heads;
+    const int64_t turn = 1 + int64_t{tile} * num_heads + work.head;
+    has_sums = buffers.turns[turn] > 0 ||
+               (buffers.prior_turns != nullptr && buffers.prior_turns[turn] > 0);
+  }
   __syncthreads();
   const int chunk = threadIdx.x % 16;
   if (chunk * 8 >= p.shape.head_dim) return;
@@ -25,9 +34,9 @@ __global__ void __launch_bounds__(kRoundThreads)
     const int row = i * (kRoundThreads / 16) + threadIdx.x / 16;
     if (row >= work.num_queries) return;
     uint4 x{};
-    if (work.first_key <= work.last_key) {
+    if (has_sums) {
       const auto* from = reinterpret_cast<const float4*>(
-          sums + (work.head * p.packing.total_q + work.token + row) * 128 +
+          buffers.dq_sums + (work.head * p.packing.total_q + work.token + row) * 128 +
           ((chunk ^ (row & 7)) * 8));
       const float4 a = from[0], b = from[1];
       x = {device::pack_pair<Element>(a.x * scale, a.y * scale),
