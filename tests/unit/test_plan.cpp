@@ -267,6 +267,30 @@ TEST(nsa_backward_folds_gates) {
   EXPECT_EQ(plan.stats_win.bytes, size_t{8192} * 32 * 8);
 }
 
+// The fused kernels of a Hopper GPU add up one dQ behind their scratch memory.
+TEST(nsa_backward_shares_dq) {
+  const NsaBwdPlan plan = make_plan(nsa_bwd(DeviceType::kCuda), kH200);
+  EXPECT_TRUE(plan.shares_dq);
+  size_t end =
+      plan.scratch.offset + std::max(plan.compressed.workspace_bytes, plan.window.workspace_bytes);
+  for (const Region& region : {plan.dq_sums, plan.turns_cmp, plan.turns_win}) {
+    EXPECT_EQ(region.offset % kWorkspaceAlignment, 0);
+    EXPECT_TRUE(region.offset >= end);
+    end = region.offset + region.bytes;
+  }
+  EXPECT_TRUE(end <= plan.scratch.offset + plan.scratch.bytes);
+  EXPECT_EQ(plan.dq_sums.bytes, size_t{8192} * 32 * 128 * 4);
+
+  NsaBwdProblem many_heads = nsa_bwd(DeviceType::kCuda);
+  for (Problem* step :
+       {&many_heads.gate, &many_heads.compressed, &many_heads.selected, &many_heads.window}) {
+    step->num_heads_kv = 2;
+  }
+  const NsaBwdPlan separate = make_plan(many_heads, kH200);
+  EXPECT_TRUE(!separate.shares_dq && separate.dq_sums.bytes == 0);
+  EXPECT_TRUE(!make_plan(nsa_bwd(DeviceType::kCpu), cpu_with(2)).shares_dq);
+}
+
 TEST(workspace_layout) {
   WorkspaceLayout layout;
   EXPECT_EQ(layout.bytes(), 0);
