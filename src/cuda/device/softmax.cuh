@@ -121,16 +121,17 @@ struct OnlineSoftmax {
     if (!__any_sync(kFullMask, is_large[0] || is_large[1])) return;
     const float unscale = 1.f / scale_log2;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (!is_large[half]) continue;
+    for (int n = 0; n < kN; ++n) {
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          s[n][e] = __fsub_rn(__fmul_rn(s[n][e], scale_log2), shift[half]) * unscale;
-        }
+      for (int e = 0; e < 4; ++e) {
+        const int half = e / 2;
+        const float centred = __fsub_rn(__fmul_rn(s[n][e], scale_log2), shift[half]) * unscale;
+        s[n][e] = is_large[half] ? centred : s[n][e];
       }
-      shift[half] = 0.f;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (is_large[half]) shift[half] = 0.f;
     }
   }
 
