@@ -1,6 +1,8 @@
 """A batch that lives in a paged cache: append and attend piece by piece, then compare everything with
 one full forward by the definition."""
 
+import itertools
+
 import reference
 import torch
 from selection import CLOSE, check_row
@@ -72,6 +74,9 @@ class PagedCase:
         self._make_caches(heads_kv, dim, dim_v, rope, raw_size, spare_pages, seed)
         self.at = [0] * len(self.lens)
         total, heads = sum(self.lens), heads_kv * group
+        # On the device, so that a step copies nothing from the host, which would wait for it.
+        self.tokens = torch.arange(total, device=device)
+        self.positions = torch.cat([torch.arange(n) for n in [*self.lens, 0]]).to(device)
         self.o = torch.full((total, heads, dim_v), torch.nan, dtype=dtype, device=device)
         topk = self.options["topk"]
         self.ids = torch.full((heads_kv, total, topk), -7, dtype=torch.int32, device=device)
@@ -120,9 +125,9 @@ class PagedCase:
 
     def rows_of(self, starts, counts):
         """Rows of the packed inputs: counts[b] tokens of sequence b from starts[b] on."""
-        offsets = cu_seqlens(self.lens).tolist()
+        offsets = itertools.accumulate(self.lens, initial=0)
         walk = zip(offsets, starts, counts)
-        return torch.cat([torch.arange(o + s, o + s + n) for o, s, n in walk]).to(self.device)
+        return torch.cat([self.tokens[o + s : o + s + n] for o, s, n in walk])
 
     def lengths(self, starts, counts, **extra):
         """The arguments that say where the new tokens are."""
@@ -137,7 +142,7 @@ class PagedCase:
         """q of these rows, rotated by their positions."""
         if self.cos is None:
             return self.q[rows]
-        positions = torch.cat([torch.arange(n) for n in self.lens]).to(self.device)[rows]
+        positions = self.positions[rows]
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         turn = (self.cos[positions].to(wide), self.sin[positions].to(wide))
         return rotate(self.q[rows].to(wide), *turn).to(self.dtype)
