@@ -4,7 +4,7 @@
 # Without a GPU it builds and says what it skipped. usage: tools/check_gpu.sh [step name part]...
 #   PYTHON     interpreter with PyTorch, numpy and pytest; default .venv/bin/python, else python3
 #   BUILD_DIR  default build/gpu; logs of the steps go to its folder check/
-#   JOBS       parallel compilations; default all cores
+#   JOBS       parallel compilations and sanitizer runs; default all cores
 set -uo pipefail
 cd "$(dirname "$0")/.."
 default_python=python3
@@ -59,41 +59,57 @@ build() {
     cmake --build "$BUILD_DIR" -j "$JOBS"
 }
 
-# The C++ programs with arguments that choose small cases, under one tool. racecheck would take minutes
-# for test_dense_attn: the operators below cover its kernels.
-sanitize_kernels() {
-  local program
-  local programs=(
-    "test_device_mma" "test_device_util" "test_device_sm90 sm90"
-    "test_dense_attn tiny" "test_dense_attn sm90 tiny"
-    "test_select_blocks lengths" "test_decode ragged"
-    "test_selected_fwd hostile" "test_selected_bwd hostile")
-  for program in "${programs[@]}"; do
-    [[ $1 == racecheck && $program == test_dense_attn* ]] && continue
-    echo "-- $program"
-    # shellcheck disable=SC2086
-    sanitize "$1" "$BUILD_DIR"/tests/kernels/$program || return 1
-  done
+# Tests that use much of the GPU's memory or measure it run one at a time; the others share the GPU
+# where pytest-xdist is there. Those of the CPU alone are `make test`'s.
+run_pytest() { "$PYTHON" -m pytest tests/python -q -rsfE -p no:cacheprovider -k cuda "$@"; }
+python_tests() {
+  local workers=()
+  "$PYTHON" -c 'import xdist' 2> /dev/null && workers=(-n 4)
+  run_pytest -m "not alone" "${workers[@]}"
 }
+python_tests_alone() { run_pytest -m alone; }
 
 # The Hopper kernels, by parts of their names: one lane arrives on a barrier for its warp, behind
 # __syncwarp(). racecheck credits an arrival to its thread alone and reports the other lanes' accesses.
-BARRIER_KERNELS='regex=sm90|wgmma|selected_attn_fwd_tiles'
+export BARRIER_KERNELS='regex=sm90|wgmma|selected_attn_fwd_tiles'
 
+# sanitize <tool> <program>...: what it printed in one piece, since several run at a time; its summary
+# alone if nothing was found.
 sanitize() {
-  local tool=$1 options=()
+  local tool=$1 options=() output status
   shift
   [ "$tool" = racecheck ] && options=(--kernel-name-exclude "$BARRIER_KERNELS")
-  compute-sanitizer --tool "$tool" "${options[@]}" --error-exitcode 1 --print-limit 5 "$@"
+  output=$(timeout 600 compute-sanitizer --tool "$tool" "${options[@]}" --error-exitcode 1 \
+    --print-limit 5 "$@" 2>&1)
+  status=$?
+  [ "$status" -eq 0 ] && output=${output##*$'\n'}
+  printf -- '-- %s %s\n%s\n-- exit status %s\n' "$tool" "$*" "$output" "$status"
+  return "$status"
+}
+export -f sanitize
+
+# Shell commands, one a line of the input, side by side. Fails if one does.
+side_by_side() { xargs -d '\n' -n 1 -P "$JOBS" bash -c; }
+
+# The C++ programs with arguments that choose small cases. racecheck would take minutes for those of
+# whole operators: run_operators.py has their kernels on one small batch.
+sanitize_kernels() {
+  local programs=("test_device_mma" "test_device_util" "test_device_sm90 sm90" "test_decode ragged")
+  [[ $1 != racecheck ]] && programs+=(
+    "test_dense_attn tiny" "test_dense_attn sm90 tiny" "test_select_blocks lengths"
+    "test_selected_fwd hostile" "test_selected_bwd hostile")
+  printf "sanitize $1 $BUILD_DIR/tests/kernels/%s\n" "${programs[@]}" | side_by_side
 }
 
 # Without PyTorch's cache every tensor is an allocation of its own, so an access behind it is seen.
+# Wrong lengths are about such accesses: they are memcheck's alone.
 sanitize_operators() {
-  local dim
+  local dim parts=valid
+  [[ $1 == memcheck ]] && parts=
   for dim in 64 128; do
-    DIM=$dim PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize "$1" "$PYTHON" tests/kernels/run_operators.py ||
-      return 1
-  done
+    echo "DIM=$dim PYTORCH_NO_CUDA_MEMORY_CACHING=1" \
+      "sanitize $1 '$PYTHON' tests/kernels/run_operators.py cuda $parts"
+  done | side_by_side
 }
 
 if ! command -v nvcc > /dev/null; then
@@ -111,7 +127,8 @@ fi
 note build passed "$((SECONDS - start))"
 
 if ! nvidia-smi -L > /dev/null 2>&1; then
-  for name in "kernel tests" "python tests" memcheck racecheck initcheck synccheck; do
+  for name in "kernel tests" "python tests" "python tests alone" memcheck racecheck initcheck \
+    synccheck; do
     note "$name" skipped 0
   done
   echo "skipped: no CUDA device"
@@ -119,8 +136,8 @@ if ! nvidia-smi -L > /dev/null 2>&1; then
 fi
 
 step "kernel tests" ctest --test-dir "$BUILD_DIR" -L gpu --output-on-failure
-# Tests of the CPU alone are `make test`'s.
-step "python tests" "$PYTHON" -m pytest tests/python -q -rsfE -k cuda -p no:cacheprovider
+step "python tests" python_tests
+step "python tests alone" python_tests_alone
 for tool in memcheck racecheck initcheck synccheck; do
   if ! command -v compute-sanitizer > /dev/null; then
     note "$tool" skipped 0

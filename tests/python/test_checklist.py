@@ -271,6 +271,7 @@ def test_7_window_sizes(window, device, dtype):
     check_case(OPERATORS["window_attention"](shape, dtype, device), dtype, device)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "device",
     [

@@ -5,6 +5,7 @@ import torch
 from cases import OPERATORS, Shape
 from support import DEVICES, assert_same_bits, random_topk_idx
 
+pytestmark = pytest.mark.alone
 CUDA = [DEVICES[1]]
 SHAPE = Shape(lens_q=[300, 70], dim=64, dim_v=64, group=4, block_size=64, topk=4)
 

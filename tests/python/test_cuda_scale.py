@@ -19,7 +19,7 @@ from cuda_support import (
 from reference.attention import compressed_mask, masked_attention, selected_mask, window_mask
 from support import assert_same_bits, check
 
-pytestmark = NEEDS_CUDA
+pytestmark = [*NEEDS_CUDA, pytest.mark.alone]
 
 LONG = Sizes([300_000], topk=16)
 SCALE = LONG.dim**-0.5

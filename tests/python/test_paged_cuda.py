@@ -205,6 +205,7 @@ def test_chunks_equal_the_packed_forward(counts):
     torch.testing.assert_close(o[same], truth[same], atol=0.02, rtol=0.02)
 
 
+@pytest.mark.alone
 def test_pools_of_more_than_2_31_elements():
     """Pages at the far end of a pool: the bits of a small pool."""
     options = {"heads_kv": 2, "group": 4, "dim": 128, "block_size": 64, "dtype": torch.bfloat16}
