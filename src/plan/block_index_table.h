@@ -11,40 +11,37 @@
 
 namespace fsattn {
 
-// A row works on 32 * query_words queries at a time; its bit sets cover `window` block slots.
+// A row takes rows of topk_idx of up to lanes * places ids; its counts cover `window` block slots.
 struct BlockIndexConfig {
   Arch arch;
-  int query_words;
+  int lanes;   // that share a query
+  int places;  // ids of a query that a lane holds
   int window;
 };
 
-// Picks (queries of a step times topk) that the threads of one CTA hold in registers.
+// Picks (ids of topk_idx) that the threads of one CTA hold in registers.
 inline constexpr int kBlockIndexPicks = 4096;
 
-// Shared memory: 4 * (query_words + 4) bytes a slot, plus 34 KiB, stays below the 99 KiB that every
-// device since sm_80 has. Long sequences take more than one window.
+// Shared memory: 256 / lanes + 10 bytes a slot, plus 16 KiB, stays below the 99 KiB that every device since
+// sm_80 has. Longer sequences take more than one window.
 inline constexpr std::array kBlockIndexTable{
-    BlockIndexConfig{Arch::kSm80, 8, 1344},
-    BlockIndexConfig{Arch::kSm80, 4, 2080},
-    BlockIndexConfig{Arch::kSm80, 2, 2784},
-    BlockIndexConfig{Arch::kSm80, 1, 3328},
+    BlockIndexConfig{Arch::kSm80, 16, 1, 3072},
+    BlockIndexConfig{Arch::kSm80, 32, 1, 4352},
+    BlockIndexConfig{Arch::kSm80, 32, 2, 4352},
+    BlockIndexConfig{Arch::kSm80, 32, 4, 4352},
 };
 
-// The widest row whose queries fit in registers and whose window covers all slots; when none does,
-// the one with the largest window among those with at least two words.
-constexpr int find_block_index_row(int64_t topk, int64_t num_slots) {
-  int best = -1;
+// The first row that holds a query's ids; -1 when none does.
+constexpr int find_block_index_row(int64_t topk) {
   for (int row = 0; row < static_cast<int>(kBlockIndexTable.size()); ++row) {
     const BlockIndexConfig& config = kBlockIndexTable[static_cast<size_t>(row)];
-    if (32 * config.query_words * topk > kBlockIndexPicks) continue;
-    if (num_slots <= config.window) return row;
-    if (best < 0 || config.query_words >= 2) best = row;
+    if (topk <= config.lanes * config.places) return row;
   }
-  return best;
+  return -1;
 }
 
 constexpr int find_block_index_row(const Problem& problem) {
-  return find_block_index_row(problem.topk, problem.num_block_slots());
+  return find_block_index_row(problem.topk);
 }
 
 // Queries that one CTA of the counting pass walks over: whole steps of 256, at most 64 chunks a head,
@@ -64,9 +61,10 @@ constexpr size_t block_index_workspace(const Problem& problem) {
   return block_index_workspace(problem.num_heads_kv, problem.total_q, problem.num_block_slots());
 }
 
-static_assert(find_block_index_row(16, 1024) == 0);
-static_assert(find_block_index_row(16, 2049) == 1);
-static_assert(find_block_index_row(128, 100) == 3);
-static_assert(find_block_index_row(16, 100000) == 2);
+static_assert(find_block_index_row(1) == 0);
+static_assert(find_block_index_row(16) == 0);
+static_assert(find_block_index_row(17) == 1);
+static_assert(find_block_index_row(128) == 3);
+static_assert(find_block_index_row(129) == -1);
 
 }  // namespace fsattn

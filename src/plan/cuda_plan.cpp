@@ -91,7 +91,8 @@ Choice choose_block_index(const Problem& problem) {
   choice.arch = config.arch;
   choice.workspace_bytes = block_index_workspace(problem);
   std::ostringstream reason;
-  reason << 32 * config.query_words << " queries a step, windows of " << config.window << " blocks";
+  reason << config.lanes * config.places << " ids a query, windows of " << config.window
+         << " blocks";
   choice.reason = reason.str();
   return choice;
 }

@@ -135,7 +135,7 @@ struct SelectedSplit {
   int64_t keys;
   int64_t splits;
   int64_t num_parts;  // of one KV head
-  int64_t partials;   // partial rows of one query row: topk * splits, and the extra ones
+  int64_t partials;   // partial rows of one query row: topk * splits
   int64_t range;
   int64_t num_ranges;
   int64_t num_segments;
@@ -162,7 +162,6 @@ struct SelectedSplitRules {
   int64_t item_rows;         // query rows of one work item, at most
   int64_t max_item_entries;  // and queries
   int64_t range_rows;        // query rows of a segment, wanted
-  int64_t extra_partials = 0;
 };
 
 constexpr SelectedSplit split_selected(const SelectedShape& shape,
@@ -174,7 +173,7 @@ constexpr SelectedSplit split_selected(const SelectedShape& shape,
   s.keys = std::min(shape.block_size, rules.keys);
   s.splits = shape.block_size / s.keys;
   s.num_parts = shape.num_block_slots() * s.splits;
-  s.partials = shape.topk * s.splits + rules.extra_partials;
+  s.partials = shape.topk * s.splits;
 
   // Long ranges give long runs of one block; short ones keep the queries in the L2 (measured).
   const int64_t most_ranges = group >= 8 ? 16 : 8;
@@ -238,11 +237,10 @@ struct SelectedFwdLayout {
   SelectedSplit split;
   SelectedIndexRegions index;
   SelectedTiles tiles;
-  int64_t max_tiles;  // of one segment
   size_t counters, item_counts, items, partial_stats, partial;
   size_t marks, marks_bytes;  // of the partial rows of all launches
   size_t tail;  // what is left of topk_idx; shares its memory with `partial`, which comes later
-  size_t tile_counts, tile_lists, tile_items, tile_item_counts;
+  size_t tile_lists, tile_items, tile_stats, tile_marks, tile_marks_bytes;
   size_t bytes;
 };
 
@@ -254,15 +252,14 @@ constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape) {
               .row_bytes = shape.head_dim_v * 2 + 8,
               .item_rows = 1024,
               .max_item_entries = 512,  // what the shared memory of the wgmma row holds
-              .range_rows = 32768,
-              .extra_partials = has_tiles ? 1 : 0});
+              .range_rows = 32768});
   const SelectedSplit& s = l.split;
   const int64_t rows = s.rows_per_launch(shape.group_size());
   SelectedShape indexed = shape;
   indexed.has_block_index = shape.has_block_index && !has_tiles;
   WorkspaceCursor at;
   l.index = take_index_regions(indexed, at);
-  l.counters = at.take(2 * s.num_launches * 4);
+  l.counters = at.take((s.num_launches + 1) * 4);
   l.item_counts = at.take(s.segments_per_build() * 4);
   l.items = at.take(s.segments_per_build() * s.item_capacity * kSelectedItemBytes);
   l.marks_bytes = has_tiles ? static_cast<size_t>(s.slots_per_launch() * s.num_launches) : 0;
@@ -272,12 +269,12 @@ constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape) {
   l.tail = l.partial = at.take(std::max(rows * shape.head_dim_v * 2, tail_bytes));
   if (has_tiles) {
     l.tiles = shape.tiles();
-    l.max_tiles = l.tiles.max_units(s.range, shape.batch) * l.tiles.per_unit;
     const int64_t tiles = shape.num_heads_kv * l.tiles.num_tiles();
-    l.tile_counts = at.take(tiles * 4);
     l.tile_lists = at.take(tiles * l.tiles.list_ints() * 4);
-    l.tile_items = at.take(s.segments_per_build() * l.max_tiles * kSelectedItemBytes);
-    l.tile_item_counts = at.take(s.segments_per_build() * 4);
+    l.tile_items = at.take(tiles * kSelectedItemBytes);
+    l.tile_stats = at.take(shape.total_q * shape.num_heads_q * 8);
+    l.tile_marks_bytes = static_cast<size_t>(shape.num_heads_kv * shape.total_q);
+    l.tile_marks = at.take(static_cast<int64_t>(l.tile_marks_bytes));
   }
   l.bytes = at.bytes;
   return l;

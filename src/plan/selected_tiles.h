@@ -22,10 +22,6 @@ struct SelectedTiles {
   int64_t num_units;    // of all sequences; like block slots, some stay empty
 
   constexpr int64_t num_tiles() const { return num_units * per_unit; }
-  // Units that a range of query tokens touches, at most.
-  constexpr int64_t max_units(int64_t range, int64_t batch) const {
-    return std::min(range / unit + 2 + std::min(batch, range), num_units);
-  }
   constexpr int64_t entry_ints() const { return bits > 32 ? 3 : 2; }  // block, set
   constexpr int64_t list_ints() const { return capacity * entry_ints(); }
 };

@@ -138,16 +138,18 @@ struct SelectedProblem {
     return {x.buffer.data, x.token_stride, x.head_stride};
   }
 
+  // From the second call on it launches and nothing else.
   void build_index() {
-    index_start = std::make_unique<Buffer<int32_t>>(c.heads_kv * (num_slots + 1));
-    index_entry = std::make_unique<Buffer<int32_t>>(c.heads_kv * total_q * c.topk);
     const size_t bytes = block_index_workspace(c.heads_kv, total_q, num_slots);
-    Buffer<char> scratch(static_cast<int64_t>(bytes));
+    if (!index_start) {
+      index_start = std::make_unique<Buffer<int32_t>>(c.heads_kv * (num_slots + 1));
+      index_entry = std::make_unique<Buffer<int32_t>>(c.heads_kv * total_q * c.topk);
+      index_scratch = std::make_unique<Buffer<char>>(static_cast<int64_t>(bytes));
+    }
     const BlockIndexParams params{
-        packing(), c.heads_kv, mask(), {scratch.data, bytes}
+        packing(), c.heads_kv, mask(), {index_scratch->data, bytes}
     };
-    launch_block_index(find_block_index_row(c.topk, num_slots), params, nullptr);
-    CUDA_OK(cudaDeviceSynchronize());
+    launch_block_index(find_block_index_row(c.topk), params, nullptr);
   }
 
   SelectedAttnFwdParams fwd_params(const Buffer<char>& scratch) const {
@@ -202,6 +204,7 @@ struct SelectedProblem {
   Buffer<float> lse, dlse;
   Strided<Element> dout;
   std::unique_ptr<Buffer<int32_t>> index_start, index_entry;
+  std::unique_ptr<Buffer<char>> index_scratch;
 };
 
 // o [samples, Hq, Dv] and lse [samples, Hq] in float64.

@@ -30,7 +30,7 @@ inline BlockIndexView make_index(const SelectedShape& shape, const Packing& pack
   };
   build.mask.index = {reinterpret_cast<int32_t*>(scratch + regions.start),
                       reinterpret_cast<int32_t*>(scratch + regions.entry), shape.num_block_slots()};
-  launch_block_index(find_block_index_row(shape.topk, shape.num_block_slots()), build, stream);
+  launch_block_index(find_block_index_row(shape.topk), build, stream);
   return build.mask.index;
 }
 

@@ -25,6 +25,9 @@ struct FwdArgs {
   // [segments of the launch, range, partials] 1 where the partial rows of the group are written; zero before
   // the launch. Null when the statistics have to tell.
   uint8_t* marks;
+  // Of the popular blocks, where there are tiles. Their partial rows are in `o` until the merge.
+  float2* tile_stats;   // [Hkv, total_q, G]
+  uint8_t* tile_marks;  // [Hkv, total_q] 1 where written
 };
 
 // Bytes 0xff: a NaN that no arithmetic produces.

@@ -30,6 +30,8 @@ inline FwdArgs make_fwd_args(const SelectedAttnFwdParams& params, const Selected
   a.partial = scratch + layout.partial;
   a.partial_stats = reinterpret_cast<float2*>(scratch + layout.partial_stats);
   a.marks = layout.marks_bytes == 0 ? nullptr : reinterpret_cast<uint8_t*>(scratch + layout.marks);
+  a.tile_stats = reinterpret_cast<float2*>(scratch + layout.tile_stats);
+  a.tile_marks = reinterpret_cast<uint8_t*>(scratch + layout.tile_marks);
   return a;
 }
 
@@ -52,14 +54,8 @@ inline TileArgs make_tile_args(const SelectedShape& shape, const SelectedFwdLayo
   const int64_t blocks = ceil_div<int64_t>(shape.total_k, kSelectedTileKeys);
   a.window = static_cast<int>(std::clamp<int64_t>(blocks, 1, kSortBlocks));
   a.tail = reinterpret_cast<int32_t*>(scratch + layout.tail);
-  a.counts = reinterpret_cast<int32_t*>(scratch + layout.tile_counts);
   a.lists = reinterpret_cast<int32_t*>(scratch + layout.tile_lists);
-  a.range = static_cast<int>(layout.split.range);
-  a.num_ranges = static_cast<int>(layout.split.num_ranges);
-  a.segments_per_launch = static_cast<int>(layout.split.segments_per_launch);
-  a.max_tiles = static_cast<int>(layout.max_tiles);
   a.items = reinterpret_cast<TileItem*>(scratch + layout.tile_items);
-  a.item_counts = reinterpret_cast<int*>(scratch + layout.tile_item_counts);
   return a;
 }
 
@@ -67,11 +63,6 @@ inline void launch_sort(const TileArgs& a, int64_t heads_kv, cudaStream_t stream
   const dim3 grid(static_cast<unsigned>(a.num_units), static_cast<unsigned>(heads_kv));
   const int bytes = a.window * 8 + a.per_unit * a.capacity * 4;
   selected_attn_sort_kernel<kSortThreads><<<grid, kSortThreads, bytes, stream>>>(a);
-}
-
-inline void launch_tiles(const TileArgs& a, int64_t num_segments, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(num_segments);
-  selected_attn_tiles_kernel<kTileThreads><<<grid, kTileThreads, 0, stream>>>(a);
 }
 
 template <SelectedAttnFwdConfig kConfig, bool kHasMarks, bool kIsShort>
@@ -111,16 +102,13 @@ class MainKernel {
       : num_warps_(choose_warps(layout.split.segments_per_launch)),
         num_ctas_(resident_ctas(selected_attn_fwd_block_major_kernel<T>, num_warps_ * kWarpSize,
                                 smem_bytes(layout.split.segments_per_launch))) {}
-  static int64_t num_partials(const SelectedSplit& split, int64_t topk) {
-    return topk * split.splits;
-  }
-  static bool has_marks() { return false; }
+  static bool has_tiles() { return false; }
   BlockIndexView index(const SelectedAttnFwdParams& params, const SelectedShape& shape,
                        const SelectedFwdLayout& layout, char* scratch, Stream stream) const {
     return make_index(shape, params.attn.packing, params.mask, layout.index, scratch, stream);
   }
-  void build(int64_t, int64_t, cudaStream_t) {}
-  void launch(const FwdArgs& a, int64_t, cudaStream_t stream) const {
+  void launch_tiles(const FwdArgs&, int*, cudaStream_t) const {}
+  void launch(const FwdArgs& a, cudaStream_t stream) const {
     const int bytes = smem_bytes(a.list.num_segments), threads = num_warps_ * kWarpSize;
     selected_attn_fwd_block_major_kernel<T><<<num_ctas_, threads, bytes, stream>>>(a);
   }
@@ -142,8 +130,8 @@ class MainKernel {
   int num_warps_, num_ctas_;
 };
 
-// With wgmma: the block-major kernel for what the popular blocks of the query tiles leave, and the
-// query-stationary kernel for those.
+// With wgmma: the query-stationary kernel for the popular blocks of all query tiles, once, and the
+// block-major kernel for what they leave.
 template <SelectedAttnFwdConfig kConfig>
 requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) class MainKernel<kConfig> {
   using T = WgmmaTraits<kConfig>;
@@ -166,10 +154,9 @@ requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) class MainKer
     tile_ctas_ =
         resident_ctas(selected_attn_fwd_tiles_kernel<Tile>, Tile::kThreads, tile_smem_bytes_);
     tiles_ = make_tile_args(shape, layout, params.attn.packing, params.mask, scratch);
-    tile_counters_ = reinterpret_cast<int*>(scratch + layout.counters) + layout.split.num_launches;
+    num_tiles_ = static_cast<int>(shape.num_heads_kv * tiles.num_tiles());
   }
-  static int64_t num_partials(const SelectedSplit& split, int64_t) { return split.partials; }
-  bool has_marks() const { return has_tiles_; }
+  bool has_tiles() const { return has_tiles_; }
 
   // Of what the tiles leave, so a block index of the caller's does not serve.
   BlockIndexView index(const SelectedAttnFwdParams& params, SelectedShape shape,
@@ -184,29 +171,24 @@ requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) class MainKer
     }
     return make_index(shape, params.attn.packing, mask, layout.index, scratch, stream);
   }
-  // The work of the segments of some launches.
-  void build(int64_t first_segment, int64_t num_segments, cudaStream_t stream) {
+  // The popular blocks of all tiles.
+  void launch_tiles(const FwdArgs& a, int* counter, cudaStream_t stream) const {
     if (!has_tiles_) return;
-    tiles_.first_segment = static_cast<int>(first_segment);
-    launch_tiles(tiles_, num_segments, stream);
+    const TileFwdArgs args{a,
+                           tiles_.items,
+                           counter,
+                           num_tiles_,
+                           tiles_.lists,
+                           tiles_.queries,
+                           tiles_.capacity,
+                           tiles_.entry_ints};
+    selected_attn_fwd_tiles_kernel<Tile>
+        <<<tile_ctas_, Tile::kThreads, tile_smem_bytes_, stream>>>(args, q_map_, k_map_, v_map_);
   }
-  // `in_build`: segments of the build before those of the launch.
-  void launch(const FwdArgs& a, int64_t in_build, cudaStream_t stream) {
+  void launch(const FwdArgs& a, cudaStream_t stream) const {
     const int bytes = T::smem_bytes(a.list.num_segments);
     selected_attn_fwd_block_major_wgmma_kernel<T>
         <<<num_ctas_, T::kThreads, bytes, stream>>>(a, k_map_, v_map_);
-    if (!has_tiles_) return;
-    const TileFwdArgs tile_args{
-        a,
-        {tiles_.items + in_build * tiles_.max_tiles, tiles_.item_counts + in_build,
-          tile_counters_++, tiles_.max_tiles, a.list.num_segments},
-        tiles_.lists,
-        tiles_.queries,
-        tiles_.capacity,
-        tiles_.entry_ints
-    };
-    selected_attn_fwd_tiles_kernel<Tile><<<tile_ctas_, Tile::kThreads, tile_smem_bytes_, stream>>>(
-        tile_args, q_map_, k_map_, v_map_);
   }
 
  private:
@@ -222,9 +204,8 @@ requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) class MainKer
   int num_ctas_;
   bool has_tiles_;
   CUtensorMap q_map_{};
-  int tile_ctas_ = 0, tile_smem_bytes_ = 0;
+  int tile_ctas_ = 0, tile_smem_bytes_ = 0, num_tiles_ = 0;
   TileArgs tiles_{};
-  int* tile_counters_ = nullptr;  // of the next launch
 };
 
 // No row of the launch is written yet.
@@ -250,14 +231,16 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
   build.item_counts = reinterpret_cast<int*>(scratch + layout.item_counts);
   FwdArgs a = make_fwd_args(params, shape, layout, scratch);
   a.entries = index.entry;
-  a.space.partials = static_cast<int>(main_kernel.num_partials(split, shape.topk));
-  if (!main_kernel.has_marks()) a.marks = nullptr;
-  if (a.marks != nullptr) {
-    FSATTN_CUDA_CHECK(cudaMemsetAsync(a.marks, 0, layout.marks_bytes, cuda_stream));
-  }
   int* counters = reinterpret_cast<int*>(scratch + layout.counters);
-  const size_t counter_bytes = static_cast<size_t>(split.num_launches) * 2 * sizeof(int);
+  const size_t counter_bytes = static_cast<size_t>(split.num_launches + 1) * sizeof(int);
   FSATTN_CUDA_CHECK(cudaMemsetAsync(counters, 0, counter_bytes, cuda_stream));
+  if (main_kernel.has_tiles()) {
+    FSATTN_CUDA_CHECK(cudaMemsetAsync(a.marks, 0, layout.marks_bytes, cuda_stream));
+    FSATTN_CUDA_CHECK(cudaMemsetAsync(a.tile_marks, 0, layout.tile_marks_bytes, cuda_stream));
+    main_kernel.launch_tiles(a, counters + split.num_launches, cuda_stream);
+  } else {
+    a.marks = nullptr;
+  }
 
   for (int64_t launch = 0; launch < split.num_launches; ++launch) {
     const int64_t first = launch * split.segments_per_launch;
@@ -266,7 +249,6 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
       build.first_segment = static_cast<int>(first);
       const int64_t count = std::min(split.segments_per_build(), split.num_segments - first);
       launch_items(build, count, cuda_stream);
-      main_kernel.build(first, count, cuda_stream);
     }
     a.space.first_segment = static_cast<int>(first);
     a.list.items = build.items + in_build * split.item_capacity;
@@ -275,7 +257,7 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
     a.list.num_segments =
         static_cast<int>(std::min(split.segments_per_launch, split.num_segments - first));
     if (a.marks == nullptr) clear_stats(a, split, cuda_stream);
-    main_kernel.launch(a, in_build, cuda_stream);
+    main_kernel.launch(a, cuda_stream);
     launch_merge<kConfig>(a, cuda_stream);
     FSATTN_CUDA_CHECK(cudaGetLastError());
     if (a.marks != nullptr) a.marks += split.slots_per_launch();

@@ -3,11 +3,11 @@
 // Math    for the rows of a tile (queries x heads of the group) and its list of popular blocks:
 //             S = softmax_scale * Q K^T, -inf where the query does not want the block or may not see
 //             the key; one softmax over the whole list; partial = P V / l in the input dtype, with
-//             its maximum and l. It takes the last place among the partial rows of a query.
+//             its maximum and l. It stays in `o` until the merge adds the other blocks.
 // Shapes  head dims 128, blocks of 64 keys, groups of up to 64 heads.
 // Tiles   one persistent CTA an SM. Three consumer warpgroups, each with a third of the tile's queries: up
-//         to 64 rows. Rows of a tile that belong to another launch are computed and not written, so
-//         the bits do not depend on how the work was cut.
+//         to 64 rows. A warpgroup passes over blocks that none of its queries wants; they would leave its
+//         softmax as it is.
 // Roles   one producer warp: queries (two buffers), the tile's list, and K, V of its blocks (three
 //         stages), all by TMA and ahead of the consumers across tile borders.
 // Memory  queries 2 x 48 KiB, K, V 3 x 32 KiB, lists.
@@ -25,7 +25,9 @@ namespace fsattn::selected {
 
 struct TileFwdArgs {
   FwdArgs fwd;
-  ItemListOf<TileItem> list;
+  const TileItem* items;  // [Hkv, tiles]
+  int* counter;           // tiles handed out beyond the first of every CTA; zero before the launch
+  int num_items;
   const int32_t* lists;  // [Hkv, tiles, capacity, entry_ints]
   int queries, capacity, entry_ints;
 };
@@ -44,9 +46,8 @@ struct TileTraits {
                        kKvBytes = 2 * device::kPanelTileBytes;
   static constexpr int kKvOffset = kQBuffers * kQBytes;
   static constexpr int kBarrierOffset = kKvOffset + kStages * kKvBytes;
-  static constexpr int kPrefixOffset = kBarrierOffset + 2 * (kQBuffers + kStages) * 8;
   static constexpr int kListOffset =
-      round_up<int>(kPrefixOffset + (kMaxSegmentsPerLaunch + 1) * 4, 16);
+      round_up<int>(kBarrierOffset + 2 * (kQBuffers + kStages) * 8, 16);
 
   static int smem_bytes(const SelectedTiles& tiles) {
     const int list = round_up<int>(static_cast<int>(tiles.list_ints()) * 4, 16);
@@ -75,7 +76,6 @@ struct TileSmem {
     return reinterpret_cast<int32_t*>(memory + T::kListOffset +
                                       T::kQBuffers * int{sizeof(TileItem)} + buffer * list_bytes);
   }
-  __device__ int* prefix() const { return reinterpret_cast<int*>(memory + T::kPrefixOffset); }
   __device__ uint32_t bar(int i) const { return base + T::kBarrierOffset + i * 8; }
   __device__ uint32_t q_full(int buffer) const { return bar(buffer); }
   __device__ uint32_t q_empty(int buffer) const { return bar(T::kQBuffers + buffer); }
@@ -96,10 +96,18 @@ struct TileProducer {
   int num_tiles = 0, num_blocks = 0;  // brought so far
 
   __device__ int take() const {
-    return lane == 0 ? static_cast<int>(gridDim.x) + atomicAdd(a.list.counter, 1) : 0;
+    return lane == 0 ? static_cast<int>(gridDim.x) + atomicAdd(a.counter, 1) : 0;
   }
   __device__ TileItem fetch(int number) const {
-    return fetch_item(a.list, s.prefix(), __shfl_sync(kFullMask, number, 0));
+    number = __shfl_sync(kFullMask, number, 0);
+    TileItem item{};
+    item.count = -1;
+    if (number >= a.num_items) return item;
+    const auto* from = reinterpret_cast<const int4*>(a.items + number);
+    auto* to = reinterpret_cast<int4*>(&item);
+    to[0] = __ldg(from);
+    to[1] = __ldg(from + 1);
+    return item;
   }
   // The lane's block among the 32 from `first` on.
   __device__ int fetch_block(const TileItem& item, int first) const {
@@ -108,8 +116,8 @@ struct TileProducer {
                : 0;
   }
 
-  // Hands the next tile to the consumers: the item, its list and its queries. count = 0: the end.
-  __device__ void bring_tile(const TileItem& item, int head) {
+  // Hands the next tile to the consumers: the item, its list and its queries; or the end.
+  __device__ void bring_tile(const TileItem& item) {
     const int buffer = num_tiles % T::kQBuffers;
     if (num_tiles >= T::kQBuffers) {
       device::mbarrier_wait(s.q_empty(buffer), (num_tiles / T::kQBuffers - 1) & 1);
@@ -121,21 +129,21 @@ struct TileProducer {
     const uint32_t to = device::smem_address(s.list(buffer));
     for (int i = lane; i < list_ints; i += kWarpSize) device::cp_async_4(to + i * 4, from + i);
     device::cp_async_arrive(full);
-    if (lane == 0 && item.count == 0) device::mbarrier_arrive(full);
+    if (lane == 0 && item.count < 0) device::mbarrier_arrive(full);
     if (lane == 0 && item.count > 0) {
       const int share = a.queries / T::kGroups, group = a.fwd.space.group;
       device::mbarrier_arrive_expect(full, share * group * T::kRowBytes * T::kGroups);
       const uint64_t policy = device::l2_evict_last();
       for (int i = 0; i < 2 * T::kGroups; ++i) {
         device::tma_load_3d(s.queries(buffer, i / 2) + i % 2 * device::kPanelBytes, q_map,
-                            i % 2 * device::kTmaColumns, head * group,
+                            i % 2 * device::kTmaColumns, item.head * group,
                             item.first_token + i / 2 * share, full, policy);
       }
     }
     ++num_tiles;
   }
 
-  __device__ void bring_block(const TileItem& item, int head, int block) {
+  __device__ void bring_block(const TileItem& item, int block) {
     const int stage = num_blocks % T::kStages;
     if (num_blocks >= T::kStages) {
       device::mbarrier_wait(s.kv_empty(stage), (num_blocks / T::kStages - 1) & 1);
@@ -143,11 +151,11 @@ struct TileProducer {
     const int key_row = item.key_begin + block * T::kKeys;
     const uint32_t at = s.kv(stage), full = s.kv_full(stage);
     if (item.key_end - key_row < T::kKeys) {
-      load_short_part(a.fwd, at, full, key_row, item.key_end - key_row, head, lane);
+      load_short_part(a.fwd, at, full, key_row, item.key_end - key_row, item.head, lane);
     } else if (lane == 0) {
       const uint64_t policy = device::l2_evict_last();
       device::mbarrier_arrive_expect(full, T::kKvBytes);
-      load_part(at, k_map, v_map, key_row, head, full, policy);
+      load_part(at, k_map, v_map, key_row, item.head, full, policy);
     }
     ++num_blocks;
   }
@@ -156,22 +164,21 @@ struct TileProducer {
     // Nothing is used in the round that asks for it: a number, its item and its blocks take a round each.
     TileItem item = fetch(blockIdx.x), next = fetch(take());
     int block = fetch_block(item, 0), number = take();
-    while (item.count > 0) {
+    while (item.count >= 0) {
       const TileItem after = fetch(number);
       const int next_block = fetch_block(next, 0);
       number = take();
-      const int head = (a.fwd.space.first_segment + item.segment) / a.fwd.space.num_ranges;
-      bring_tile(item, head);
+      if (item.count > 0) bring_tile(item);
       for (int i = 0; i < item.count; i += kWarpSize) {
         if (i > 0) block = fetch_block(item, i);
         const int count = min(item.count - i, kWarpSize);
-        for (int j = 0; j < count; ++j) bring_block(item, head, __shfl_sync(kFullMask, block, j));
+        for (int j = 0; j < count; ++j) bring_block(item, __shfl_sync(kFullMask, block, j));
       }
       item = next;
       block = next_block;
       next = after;
     }
-    bring_tile(item, 0);
+    bring_tile(item);
   }
 };
 
@@ -260,59 +267,75 @@ struct TileConsumer {
     return is_moved;
   }
 
+  // The next block of the list from `i` on that one of the warpgroup's queries wants; `count` when there
+  // is none.
+  __device__ int find_wanted(const int32_t* list, int count, int i) const {
+    const int share = a.queries / T::kGroups,
+              first = group * share;  // a set's word has all of them
+    const uint32_t wanted = ((1u << share) - 1) << first % 32;
+    while (i < count && (list[i * a.entry_ints + 1 + first / 32] & wanted) == 0) ++i;
+    return i;
+  }
+  // Gives back blocks that nobody here wants. Only behind their arrival, so that no barrier counts this for
+  // the block before in the same stage.
+  __device__ void pass_over(int n, int end) const {
+    for (; n < end; ++n) {
+      wait_kv(n);
+      release_kv(n);
+    }
+  }
+
   // The whole list; leaves the unnormalised output in `o`.
   __device__ void attend(const TileItem& item, int buffer, Softmax& softmax, float (&o)[64]) {
     const TileRows rows = find_rows(item);
-    const int32_t* entry = s.list(buffer);
-    const int last = num_blocks + item.count - 1;
+    const int32_t* list = s.list(buffer);
+    int i = find_wanted(list, item.count, 0), passed = 0;
     float acc[32], keep[2];
     uint32_t prob[1][8][2];
-    issue_scores(buffer, num_blocks, acc);
-    device::wgmma_wait_group<0>();
-    device::pin_registers(acc);
-    mask(entry, item, rows, acc);
-    take_softmax(softmax, acc, keep);  // there is no output yet
-    softmax.pack(prob[0], device::as_fragments(acc)[0]);
-    for (; num_blocks < last; ++num_blocks) {
-      entry += a.entry_ints;
-      issue_scores(buffer, num_blocks + 1, acc);
-      issue_output(num_blocks, prob, o);
-      device::wgmma_wait_group<1>();
+    while (i < item.count) {
+      pass_over(num_blocks + passed, num_blocks + i);
+      issue_scores(buffer, num_blocks + i, acc);
+      device::wgmma_wait_group<0>();
       device::pin_registers(acc);
-      mask(entry, item, rows, acc);
-      const bool is_moved = take_softmax(softmax, acc, keep);
+      mask(list + i * a.entry_ints, item, rows, acc);
+      if (take_softmax(softmax, acc, keep)) {
+        Softmax::rescale(device::as_fragments(o)[0], keep);
+      }
+      softmax.pack(prob[0], device::as_fragments(acc)[0]);
+      int next = find_wanted(list, item.count, i + 1);
+      // As long as the next block can arrive before this one is given back, its scores are under way
+      // together with the output of this one.
+      while (next < item.count && next - i < T::kStages) {
+        pass_over(num_blocks + i + 1, num_blocks + next);
+        issue_scores(buffer, num_blocks + next, acc);
+        issue_output(num_blocks + i, prob, o);
+        device::wgmma_wait_group<1>();
+        device::pin_registers(acc);
+        mask(list + next * a.entry_ints, item, rows, acc);
+        const bool is_moved = take_softmax(softmax, acc, keep);
+        device::wgmma_wait_group<0>();
+        device::pin_registers(o);
+        release_kv(num_blocks + i);
+        if (is_moved) Softmax::rescale(device::as_fragments(o)[0], keep);
+        softmax.pack(prob[0], device::as_fragments(acc)[0]);
+        i = next;
+        next = find_wanted(list, item.count, i + 1);
+      }
+      issue_output(num_blocks + i, prob, o);
       device::wgmma_wait_group<0>();
       device::pin_registers(o);
-      release_kv(num_blocks);
-      if (is_moved) Softmax::rescale(device::as_fragments(o)[0], keep);
-      softmax.pack(prob[0], device::as_fragments(acc)[0]);
+      release_kv(num_blocks + i);
+      passed = i + 1;
+      i = next;
     }
     __syncwarp();  // all scores are done, and all lanes with the list
     if (lane == 0) device::mbarrier_arrive(s.q_empty(buffer));
-    issue_output(num_blocks, prob, o);
-    device::wgmma_wait_group<0>();
-    device::pin_registers(o);
-    release_kv(num_blocks++);
+    pass_over(num_blocks + passed, num_blocks + item.count);
+    num_blocks += item.count;
   }
 
-  // The partial row of this lane's row, or -1 when it is not to be written; marks it.
-  __device__ int mark_partial_row(const TileItem& item) const {
-    const RowSpace& space = a.fwd.space;
-    const int row = warp * 16 + lane % 16, share = a.queries / T::kGroups;
-    const int in_group = space.group_div.quotient(row), query = group * share + in_group;
-    const int segment = space.first_segment + item.segment;
-    const int local = item.first_token + query - segment % space.num_ranges * space.range;
-    if (in_group >= share || query >= item.num_queries || local < 0 || local >= space.range) {
-      return -1;
-    }
-    const int slot = (item.segment * space.range + local) * space.partials + space.partials - 1;
-    const int h = space.group_div.remainder(row, in_group);
-    if (h == 0) a.fwd.marks[slot] = 1;
-    return slot * space.group + h;
-  }
-
-  // Normalised rows to the partial rows.
-  __device__ void write(const TileItem& item, const Softmax& softmax, float (&o)[64]) {
+  // Normalised rows to `o`, in the order of fragment_chunk().
+  __device__ void write(const TileItem& item, const Softmax& softmax, float (&o)[64]) const {
     using Element = typename T::Element;
     const float total[2] = {device::quad_sum(softmax.sum[0]), device::quad_sum(softmax.sum[1])};
     float scale[2];
@@ -320,26 +343,28 @@ struct TileConsumer {
     for (int i = 0; i < 2; ++i) scale[i] = total[i] == 0.f ? 0.f : 1.f / total[i];
 #pragma unroll
     for (int i = 0; i < 64; ++i) o[i] *= scale[i / 2 % 2];  // finite: 1 / total is at most 1
-    const int owner = lane % 8 * 4;  // of lane r's row: its quad's first lane
-    const float2 low = {__shfl_sync(kFullMask, softmax.max[0], owner),
-                        __shfl_sync(kFullMask, total[0], owner)};
-    const float2 high = {__shfl_sync(kFullMask, softmax.max[1], owner),
-                         __shfl_sync(kFullMask, total[1], owner)};
-    const float2 stats = lane % 16 < 8 ? low : high;
-    // A row without a popular block has no partial row here.
-    const int out_row = stats.y == 0.f ? -1 : mark_partial_row(item);
-    if (lane < 16 && out_row >= 0) __stcs(a.fwd.partial_stats + out_row, stats);
     const uint64_t policy = device::l2_evict_first();
-    char* partial = static_cast<char*>(a.fwd.partial) + lane % 4 * 16;
+    const TileRows rows = find_rows(item);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int to = __shfl_sync(kFullMask, out_row, half * 8 + lane / 4);
-      if (to < 0) continue;
-      char* row = partial + int64_t{to} * T::kRowBytes;
+    for (int i = 0; i < 2; ++i) {
+      // A row without a popular block has no partial row here.
+      if (rows.query[i] < 0 || total[i] == 0.f) continue;
+      const int row = warp * 16 + lane / 4 + i * 8;
+      const int head = a.fwd.space.group_div.remainder(row, a.fwd.space.group_div.quotient(row));
+      const int token = item.first_token + rows.query[i];
+      const int64_t query = int64_t{item.head} * a.fwd.total_q + token;
+      if (lane % 4 == 0) {
+        __stcs(a.fwd.tile_stats + query * a.fwd.space.group + head,
+               float2{softmax.max[i], total[i]});
+        if (head == 0) a.fwd.tile_marks[query] = 1;
+      }
+      const Rows& out = a.fwd.o;
+      Element* to = static_cast<Element*>(out.data) + token * out.token_stride +
+                    (item.head * a.fwd.space.group + head) * out.head_stride;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        device::store_global_u128_hint(
-            row + k * 64, fragment_chunk<Element>(o, k, half, Softmax::kScaleUp), policy);
+        device::store_global_u128_hint(reinterpret_cast<char*>(to) + lane % 4 * 16 + k * 64,
+                                       fragment_chunk<Element>(o, k, i, Softmax::kScaleUp), policy);
       }
     }
   }
@@ -349,7 +374,7 @@ struct TileConsumer {
       const int buffer = n % T::kQBuffers;
       device::mbarrier_wait(s.q_full(buffer), n / T::kQBuffers & 1);
       const TileItem item = *s.item(buffer);
-      if (item.count == 0) break;
+      if (item.count < 0) break;
       float o[64] = {};
       Softmax softmax;
       softmax.init();
@@ -387,8 +412,6 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(T::kProducerRegisters));
     if (warp != T::kConsumerWarps) return;
-    load_item_prefix(a.list, s.prefix(), lane);
-    __syncwarp();
     TileProducer<T>{a, &q_map, &k_map, &v_map, s, lane}.run();
   }
 #endif

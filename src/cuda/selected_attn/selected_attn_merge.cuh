@@ -2,7 +2,8 @@
 //
 // Math    M = max_s m_s, w_s = l_s 2^(m_s - M), o = sum_s w_s o_s / sum_s w_s, lse = M + log2 sum_s w_s
 //         over the written partial rows, in ascending order of s, so the result does not depend on who
-//         wrote them when. None written: o = 0, lse = -inf.
+//         wrote them when; the one of the popular blocks, which `o` itself holds until then, is the
+//         last. None written: o = 0, lse = -inf.
 // Tiles   kLanes lanes a row (16 bytes each), 128 threads a CTA, grid (rows of a segment, segments).
 // Bound   memory: (2 Dv + 8) bytes per partial row; eight rows in flight a lane.
 #pragma once
@@ -120,22 +121,46 @@ struct RowSum {
   __device__ __forceinline__ void add(const StatsBatch<kLanes>& batch) {
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      const float w = batch.weight(lowest(loading));  // times zero where no row was loaded
+      add(chunk[i], batch.weight(lowest(loading)));  // times zero where no row was loaded
       loading &= loading - 1;
-      const uint32_t words[4] = {chunk[i].x, chunk[i].y, chunk[i].z, chunk[i].w};
+    }
+  }
+  __device__ __forceinline__ void add(const uint4& row, float w) {
+    const uint32_t words[4] = {row.x, row.y, row.z, row.w};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 pair = device::unpack_pair<Element>(words[j]);
-        acc[2 * j] = fmaf(w, pair.x, acc[2 * j]);
-        acc[2 * j + 1] = fmaf(w, pair.y, acc[2 * j + 1]);
-      }
+    for (int j = 0; j < 4; ++j) {
+      const float2 pair = device::unpack_pair<Element>(words[j]);
+      acc[2 * j] = fmaf(w, pair.x, acc[2 * j]);
+      acc[2 * j + 1] = fmaf(w, pair.y, acc[2 * j + 1]);
     }
   }
 };
 
-// kIsFragments: the rows are in the order of fragment_chunk(). kHasMarks: of the written rows; otherwise
-// their statistics tell. kIsShort: at most 32 partial rows a query row.
-template <class Element, int kLanes, bool kIsFragments, bool kHasMarks, bool kIsShort>
+// What the popular blocks of its tile gave a query row.
+struct TilePartial {
+  float2 stats = {-INFINITY, 0.f};
+  uint4 chunk = {0, 0, 0, 0};
+
+  // All loads at once: where nobody wrote the row it holds anything.
+  __device__ __forceinline__ void load(const FwdArgs& a, int64_t query, int h, const uint4* row) {
+    const bool is_written = a.tile_marks[query] != 0;
+    const float2 x = __ldcs(a.tile_stats + query * a.space.group + h);
+    const uint4 y = __ldcs(row);
+    if (!is_written) return;
+    stats = x;
+    chunk = y;
+  }
+  // As StatsBatch::weigh().
+  __device__ __forceinline__ float weigh(float top) {
+    stats.y = stats.x == -INFINITY ? 0.f : stats.y * exp2f(stats.x - top);
+    return stats.y;
+  }
+};
+
+// kIsFragments: the rows are in the order of fragment_chunk(). kHasTiles: there are marks of the written rows
+// and the partial rows of popular blocks; otherwise the statistics tell. kIsShort: at most 32 partial rows a
+// query row beside that one.
+template <class Element, int kLanes, bool kIsFragments, bool kHasTiles, bool kIsShort>
 __global__ void __launch_bounds__(kMergeThreads, kIsShort&& kLanes == 16 ? 6 : 5)
     selected_attn_merge_kernel(const __grid_constant__ FwdArgs a) {
   const RowSpace& space = a.space;
@@ -151,18 +176,27 @@ __global__ void __launch_bounds__(kMergeThreads, kIsShort&& kLanes == 16 ? 6 : 5
   const int row0 = slot0 * space.group + h;
   const auto read_batch = [&](int first) {
     return StatsBatch<kLanes>(a.partial_stats + row0 + first * space.group,
-                              kHasMarks ? a.marks + slot0 + first : nullptr, count - first,
+                              kHasTiles ? a.marks + slot0 + first : nullptr, count - first,
                               space.group, lane);
   };
   const uint4* source = static_cast<const uint4*>(a.partial) + int64_t{row0} * a.chunks_v + lane;
   const int stride = space.group * a.chunks_v;
   RowSum<Element, kLanes> sum;
   StatsBatch<kLanes> batch = read_batch(0);
+  const int head = kv_head * space.group + h;
+  auto* out = reinterpret_cast<uint4*>(static_cast<Element*>(a.o.data) + token * a.o.token_stride +
+                                       head * a.o.head_stride) +
+              lane;
+  [[maybe_unused]] TilePartial tile;
+  if constexpr (kHasTiles) {
+    if (is_row) tile.load(a, int64_t{kv_head} * a.total_q + token, h, out);
+  }
   // The first rows are under way while the weights are found.
   unsigned left = batch.written;
   int num_left = most_bits<kLanes>(left) - sum.kUnroll;
   sum.load(source, stride, left, is_inside);
   float top = batch.top();
+  if constexpr (kHasTiles) top = fmaxf(top, tile.stats.x);
   for (int first = kWarpSize; !kIsShort && first < space.partials; first += kWarpSize) {
     top = fmaxf(top, read_batch(first).top());
   }
@@ -172,6 +206,7 @@ __global__ void __launch_bounds__(kMergeThreads, kIsShort&& kLanes == 16 ? 6 : 5
     total += read_batch(first).weigh(top);
   }
   total = row_sum<kLanes>(total);
+  if constexpr (kHasTiles) total += tile.weigh(top);
   // Weights are normalised before they are used: sums of anything larger could overflow.
   const float inverse = total > 0.f ? 1.f / total : 0.f;
   batch.scale(inverse);
@@ -191,17 +226,13 @@ __global__ void __launch_bounds__(kMergeThreads, kIsShort&& kLanes == 16 ? 6 : 5
     source += int64_t{kWarpSize} * stride;
     sum.load(source, stride, left, is_inside);
   }
+  if constexpr (kHasTiles) sum.add(tile.chunk, tile.stats.y * inverse);
   const float* x = sum.acc;
   uint4 row_chunk = {pack_average<Element>(x[0], x[1]), pack_average<Element>(x[2], x[3]),
                      pack_average<Element>(x[4], x[5]), pack_average<Element>(x[6], x[7])};
   if constexpr (kIsFragments) row_chunk = order_columns(row_chunk, lane);
   if (!is_row) return;
-  const int head = kv_head * space.group + h;
-  if (is_inside) {
-    Element* o =
-        static_cast<Element*>(a.o.data) + token * a.o.token_stride + head * a.o.head_stride;
-    reinterpret_cast<uint4*>(o)[lane] = row_chunk;
-  }
+  if (is_inside) *out = row_chunk;
   if (lane == 0) {
     static_cast<float*>(a.lse.data)[head * a.lse.head_stride + token] =
         total > 0.f ? (top + log2f(total)) * device::kLn2 : -INFINITY;

@@ -1,4 +1,4 @@
-// selected_attn_tiles: finds the popular blocks of every tile of queries (plan/selected_tiles.h).
+// selected_attn_sort: finds the popular blocks of every tile of queries (plan/selected_tiles.h).
 //
 // Math    block b of a tile is popular iff at least min_queries of its queries have b in their rows of
 //         topk_idx and may see it. Its list holds the popular blocks in ascending order, each with the
@@ -19,11 +19,11 @@
 
 namespace fsattn::selected {
 
-// Work of the query-stationary kernel: a tile and the queries of it that belong to the segment.
+// Work of the query-stationary kernel: a tile.
 struct alignas(16) TileItem {
-  int list;     // of popular blocks, counted over all KV heads
-  int count;    // blocks in it; 0 marks the end of all work
-  int segment;  // counted from the first one of the launch
+  int list;   // of popular blocks, counted over all KV heads: the item's own number
+  int count;  // of them; -1 marks the end of all work
+  int head;   // KV head
   int first_token;
   int num_queries;
   int position;            // of the first query
@@ -38,12 +38,8 @@ struct TileArgs {
   int queries, bits, min_queries, capacity, entry_ints, unit, per_unit, num_units;
   int window;       // blocks whose sets fit in shared memory
   int32_t* tail;    // [Hkv, total_q, topk]
-  int32_t* counts;  // [Hkv, tiles] lengths of the lists
   int32_t* lists;   // [Hkv, tiles, capacity, entry_ints]: block, set of queries
-  // Of the tiles kernel.
-  int range, num_ranges, first_segment, segments_per_launch, max_tiles;
-  TileItem* items;   // [segments of the build, max_tiles]
-  int* item_counts;  // [segments of the build]
+  TileItem* items;  // [Hkv, tiles]
 };
 
 // A unit's queries and what they may see.
@@ -120,6 +116,22 @@ __device__ __forceinline__ bool is_repeat(const TileArgs& a, const int32_t* ids,
   return false;
 }
 
+__device__ __forceinline__ TileItem make_item(const TileArgs& a, const Unit& unit, int tile,
+                                              int list, int count) {
+  constexpr int64_t kFar = int64_t{1} << 30;  // behind all keys
+  const int before = tile * a.queries;
+  TileItem item{};
+  item.list = list;
+  item.count = count;
+  item.head = blockIdx.y;
+  item.first_token = unit.first_token + before;
+  item.num_queries = min(unit.num_queries - before, a.queries);
+  item.position = static_cast<int>(min(max(unit.position + before, -kFar), kFar));
+  item.key_begin = unit.keys.begin;
+  item.key_end = unit.keys.end;
+  return item;
+}
+
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     selected_attn_sort_kernel(const __grid_constant__ TileArgs a) {
@@ -144,12 +156,24 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     // Calls f(pick, query, block in the window, or -1).
     const auto for_picks = [&](const auto& f) {
+      constexpr int kUnroll = 6;  // loads in flight: all of a thread where topk is 16
 #pragma unroll 1
-      for (int pick = threadIdx.x; pick < num_picks; pick += kThreads) {
-        const int query = a.topk_div.quotient(pick), place = a.topk_div.remainder(pick, query);
-        const int id = __ldg(ids + query * a.mask.token_stride + place);
-        const bool is_inside = id >= begin && id < begin + window && id < unit.num_blocks(query);
-        f(pick, query, is_inside ? id - begin : -1);
+      for (int p0 = threadIdx.x; p0 < num_picks; p0 += kUnroll * kThreads) {
+        int id[kUnroll];
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i) {
+          const int pick = p0 + i * kThreads, query = a.topk_div.quotient(pick);
+          const int32_t* row = ids + query * a.mask.token_stride;
+          id[i] = pick < num_picks ? __ldg(row + a.topk_div.remainder(pick, query)) : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i) {
+          const int pick = p0 + i * kThreads, query = a.topk_div.quotient(pick);
+          if (pick >= num_picks) continue;
+          const bool is_inside =
+              id[i] >= begin && id[i] < begin + window && id[i] < unit.num_blocks(query);
+          f(pick, query, is_inside ? id[i] - begin : -1);
+        }
       }
     };
     for_picks([&](int, int query, int block) {
@@ -184,55 +208,10 @@ __global__ void __launch_bounds__(kThreads)
       num_found[threadIdx.x] = 0;
     }
   }
-  if (threadIdx.x < a.per_unit) a.counts[first_tile + threadIdx.x] = list_sizes[threadIdx.x];
-}
-
-inline constexpr int kTileThreads = 256;
-
-// Grid (segments of the build): the tiles with popular blocks that reach into each segment.
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    selected_attn_tiles_kernel(const __grid_constant__ TileArgs a) {
-  __shared__ int warp_sums[device::kWarpSize];
-  const Packing& packing = a.packing;
-  const int segment = a.first_segment + blockIdx.x, head = segment / a.num_ranges;
-  const int first_token = (segment - head * a.num_ranges) * a.range;
-  const int last_token = min(first_token + a.range, static_cast<int>(packing.total_q)) - 1;
-  const auto unit_of = [&](int token) {
-    const int batch = static_cast<int>(packing.batch);
-    const int seq = min(device::find_sequence(packing.cu_q, batch, token), batch - 1);
-    const int begin = __ldg(packing.cu_q + seq);
-    const int64_t unit = first_block_slot(begin, seq, a.unit) + (token - begin) / a.unit;
-    return static_cast<int>(min(max(unit, int64_t{0}), int64_t{a.num_units} - 1));
-  };
-  const int first_tile = unit_of(first_token) * a.per_unit;
-  const int end_tile = min((unit_of(last_token) + 1) * a.per_unit, first_tile + a.max_tiles);
-  TileItem* items = a.items + int64_t{blockIdx.x} * a.max_tiles;
-  int base = 0;
-  for (int t0 = first_tile; t0 < end_tile; t0 += kThreads) {
-    const int tile = t0 + threadIdx.x;
-    TileItem item{};
-    if (tile < end_tile) {
-      const int number = tile / a.per_unit, before = tile % a.per_unit * a.queries;
-      const Unit unit = find_unit(a, number);
-      item.list = head * a.num_units * a.per_unit + tile;
-      item.first_token = unit.first_token + before;
-      item.num_queries = min(unit.num_queries - before, a.queries);
-      const bool is_inside = item.num_queries > 0 && item.first_token <= last_token &&
-                             item.first_token + item.num_queries > first_token;
-      item.count = is_inside ? a.counts[item.list] : 0;
-      item.segment = static_cast<int>(blockIdx.x) % a.segments_per_launch;
-      constexpr int64_t kFar = int64_t{1} << 30;  // behind all keys
-      item.position = static_cast<int>(min(max(unit.position + before, -kFar), kFar));
-      item.key_begin = unit.keys.begin;
-      item.key_end = unit.keys.end;
-    }
-    int total;
-    const int at = base + device::cta_exclusive_scan(item.count > 0, warp_sums, total);
-    if (item.count > 0) items[at] = item;
-    base += total;
+  if (threadIdx.x < a.per_unit) {
+    const int list = first_tile + threadIdx.x;
+    a.items[list] = make_item(a, unit, threadIdx.x, list, list_sizes[threadIdx.x]);
   }
-  if (threadIdx.x == 0) a.item_counts[blockIdx.x] = base;
 }
 
 }  // namespace fsattn::selected
