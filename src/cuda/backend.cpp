@@ -9,6 +9,7 @@
 #include "cuda/gate/gate.h"
 #include "cuda/select_blocks/select_blocks.h"
 #include "cuda/selected_attn/selected_attn.h"
+#include "cuda/side_stream.h"
 
 namespace fsattn {
 
@@ -28,6 +29,8 @@ const Backend& cuda_backend() {
       .gate_fwd = launch_gate_fwd,
       .gate_bwd = launch_gate_bwd,
       .gate_bwd_stats = launch_gate_bwd_stats,
+      .fork_stream = fork_stream,
+      .join_stream = join_stream,
       .paged_write = launch_paged_write,
       .paged_scatter = launch_paged_scatter,
       .paged_gather = launch_paged_gather,

@@ -24,6 +24,9 @@ struct Backend {
   void (*gate_fwd)(int row, const GateFwdParams&, Stream);
   void (*gate_bwd)(int row, const GateBwdParams&, Stream);
   void (*gate_bwd_stats)(int row, const GateStatsParams&, Stream) = nullptr;  // null on the CPU
+  // Work on a second stream until it is joined; null on the CPU. cuda/side_stream.h
+  Stream (*fork_stream)(Stream) = nullptr;
+  void (*join_stream)(Stream side, Stream) = nullptr;
   // Paged cache. A backend may lack the fused ones (null): the others and the operators above compose
   // the same results.
   void (*paged_write)(int row, const PagedWriteParams&, Stream) = nullptr;

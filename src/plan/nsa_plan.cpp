@@ -24,8 +24,7 @@ size_t stats_bytes(const Problem& gate) {
   return static_cast<size_t>(gate.total_q * gate.num_heads_q) * 2 * sizeof(float);
 }
 
-// Lays out the scratch memory of a plan that shares dQ: behind what compressed and window attention
-// use, the sums and turns lie in the memory that selected attention has used before.
+// What a plan that shares dQ needs beside the scratch memory of its steps.
 void add_shared_dq(WorkspaceLayout& layout, NsaBwdPlan& plan, const NsaBwdProblem& problem) {
   plan.compressed.workspace_bytes =
       dense_attn_workspace(problem.compressed, plan.compressed.arch, true);
@@ -33,16 +32,10 @@ void add_shared_dq(WorkspaceLayout& layout, NsaBwdPlan& plan, const NsaBwdProble
   const Problem& p = problem.compressed;
   const int64_t turns = dense_num_turns(p.batch, p.total_q, p.num_heads_q);
   const auto turn_bytes = static_cast<size_t>(turns) * sizeof(int32_t);
-  WorkspaceLayout dense;
-  dense.add(largest_workspace({&plan.compressed, &plan.window}));
-  plan.dq_sums = dense.add(static_cast<size_t>(dense_dq_sums_bytes(p.total_q, p.num_heads_q)));
-  plan.turns_cmp = dense.add(turn_bytes);
-  plan.turns_win = dense.add(turn_bytes);
-  plan.scratch =
-      layout.add(std::max(dense.bytes(), largest_workspace({&plan.gate, &plan.selected})));
-  for (Region* region : {&plan.dq_sums, &plan.turns_cmp, &plan.turns_win}) {
-    region->offset += plan.scratch.offset;
-  }
+  plan.dq_sums = layout.add(static_cast<size_t>(dense_dq_sums_bytes(p.total_q, p.num_heads_q)));
+  plan.turns_cmp = layout.add(turn_bytes);
+  plan.turns_win = layout.add(turn_bytes);
+  plan.scratch_cmp = layout.add(plan.compressed.workspace_bytes);
 }
 
 std::string steps_text(const char* pass, size_t workspace_bytes,
@@ -98,12 +91,9 @@ NsaBwdPlan make_plan(const NsaBwdProblem& problem, const DeviceInfo& device) {
   const int64_t group = problem.compressed.group_size();
   plan.shares_dq = has_fused_bwd(Op::kCompressedAttn, plan.compressed.arch, group) &&
                    has_fused_bwd(Op::kWindowAttn, plan.window.arch, group);
-  if (plan.shares_dq) {
-    add_shared_dq(layout, plan, problem);
-  } else {
-    plan.scratch =
-        layout.add(largest_workspace({&plan.gate, &plan.compressed, &plan.selected, &plan.window}));
-  }
+  if (plan.shares_dq) add_shared_dq(layout, plan, problem);
+  plan.scratch =
+      layout.add(largest_workspace({&plan.gate, &plan.compressed, &plan.selected, &plan.window}));
   plan.workspace_bytes = layout.bytes();
   return plan;
 }

@@ -24,10 +24,10 @@ struct NsaBwdPlan {
   bool folds_gates = false;
   Region do_cmp, do_sel, do_win;           // empty when gates are folded
   Region stats_cmp, stats_sel, stats_win;  // empty otherwise
-  // Compressed and window attention add up one dQ in fp32 (SharedDq of params/attention.h), after
-  // selected attention, whose scratch these regions are part of.
+  // Compressed and window attention add up one dQ in fp32 (SharedDq of params/attention.h), which
+  // makes compressed and selected attention independent: they run on two streams.
   bool shares_dq = false;
-  Region dq_sums, turns_cmp, turns_win;
+  Region dq_sums, turns_cmp, turns_win, scratch_cmp;
   Region scratch;
   size_t workspace_bytes = 0;
 };

@@ -1,3 +1,4 @@
+#include "run/backends.h"
 #include "run/nsa.h"
 #include "run/region.h"
 #include "run/steps.h"
@@ -41,19 +42,25 @@ void run_folded_gate(const NsaBwdPlan& plan, NsaBwdParams& p, void* workspace, S
   run_step(plan.gate, params, scratch_in(workspace, plan.scratch), stream);
 }
 
-// Selected attention writes dq before the others, whose sums lie in its scratch memory.
+// Compressed attention leaves its part of dq in the sums, so selected attention beside it writes dq.
+// In a short sequence the former has few key tiles, of very different work: alone it would leave the
+// GPU half empty.
 void run_branches_with_shared_dq(const NsaBwdPlan& plan, NsaBwdParams& p, void* workspace,
                                  Stream stream) {
-  const Scratch scratch = scratch_in(workspace, plan.scratch);
   auto* sums = static_cast<float*>(data_in(workspace, plan.dq_sums));
   auto* turns_cmp = static_cast<int32_t*>(data_in(workspace, plan.turns_cmp));
   auto* turns_win = static_cast<int32_t*>(data_in(workspace, plan.turns_win));
   p.compressed.attn.shared_dq = {sums, turns_cmp, nullptr};
   p.window.attn.shared_dq = {sums, turns_win, turns_cmp};
   p.selected.attn.accumulate_dq = false;
-  run_step(plan.selected, p.selected, scratch, stream);      // -> dq, dk, dv
-  run_step(plan.compressed, p.compressed, scratch, stream);  // -> dk_cmp, dv_cmp, sums
-  run_step(plan.window, p.window, scratch, stream);          // sums -> dq added; dk, dv added
+  const Backend& backend = backend_of(plan.compressed);
+  const Scratch scratch = scratch_in(workspace, plan.scratch);
+  const Scratch scratch_cmp = scratch_in(workspace, plan.scratch_cmp);
+  const Stream side = backend.fork_stream(stream);
+  run_step(plan.compressed, p.compressed, scratch_cmp, side);  // -> dk_cmp, dv_cmp, sums
+  run_step(plan.selected, p.selected, scratch, stream);        // -> dq, dk, dv
+  backend.join_stream(side, stream);
+  run_step(plan.window, p.window, scratch, stream);  // sums -> dq added; dk, dv added
 }
 
 void run_branches(const NsaBwdPlan& plan, const NsaBwdParams& p, void* workspace, Stream stream) {

@@ -267,18 +267,19 @@ TEST(nsa_backward_folds_gates) {
   EXPECT_EQ(plan.stats_win.bytes, size_t{8192} * 32 * 8);
 }
 
-// The fused kernels of a Hopper GPU add up one dQ behind their scratch memory.
+// Where compressed attention leaves its dQ in sums, it runs beside selected attention.
 TEST(nsa_backward_shares_dq) {
   const NsaBwdPlan plan = make_plan(nsa_bwd(DeviceType::kCuda), kH200);
   EXPECT_TRUE(plan.shares_dq);
-  size_t end =
-      plan.scratch.offset + std::max(plan.compressed.workspace_bytes, plan.window.workspace_bytes);
-  for (const Region& region : {plan.dq_sums, plan.turns_cmp, plan.turns_win}) {
+  size_t end = plan.do_win.offset + plan.do_win.bytes;
+  for (const Region& region :
+       {plan.dq_sums, plan.turns_cmp, plan.turns_win, plan.scratch_cmp, plan.scratch}) {
     EXPECT_EQ(region.offset % kWorkspaceAlignment, 0);
-    EXPECT_TRUE(region.offset >= end);
+    EXPECT_TRUE(region.offset >= end && region.bytes > 0);
     end = region.offset + region.bytes;
   }
-  EXPECT_TRUE(end <= plan.scratch.offset + plan.scratch.bytes);
+  EXPECT_TRUE(end <= plan.workspace_bytes);
+  EXPECT_TRUE(plan.scratch_cmp.bytes >= plan.compressed.workspace_bytes);
   EXPECT_EQ(plan.dq_sums.bytes, size_t{8192} * 32 * 128 * 4);
 
   NsaBwdProblem many_heads = nsa_bwd(DeviceType::kCuda);
