@@ -257,6 +257,13 @@ void softmax_step(const SoftmaxStepArgs<Real>& args) {
   }
 }
 
+// It is at most 1, but where a unit in the last place of a logit is worth 64, as at 1e9, a sum in another
+// order than that of the lse may leave much more.
+template <class V>
+FSATTN_FORCE_INLINE V probability(V exponent) {
+  return exp_of(exponent > V{} ? V{} : exponent);
+}
+
 template <bool kMasked, class Real>
 FSATTN_FORCE_INLINE void softmax_grad_row(const SoftmaxGradArgs<Real>& args,
                                           const Columns<Real>& cols, int64_t r) {
@@ -265,7 +272,7 @@ FSATTN_FORCE_INLINE void softmax_grad_row(const SoftmaxGradArgs<Real>& args,
   Real* dscore = args.dscore + r * kTileKeys;
   const Real scale = args.scale, lse = args.lse[r], delta = args.delta[r];
   for (int64_t c = cols.begin; c < cols.end; c += S::kLanes) {
-    const typename S::V p = exp_of(S::load(score + c) * scale - lse);
+    const typename S::V p = probability(S::load(score + c) * scale - lse);
     const typename S::V ds = p * (S::load(dscore + c) - delta);
     S::store(score + c, cols.template choose<kMasked>(c, p, typename S::V{}));
     S::store(dscore + c, cols.template choose<kMasked>(c, ds, typename S::V{}));
@@ -301,7 +308,7 @@ void group_score(const GroupScoreArgs<Real>& args) {
       typename S::V joint{};  // probabilities are not negative: 0 starts the maximum, too
       for (int64_t r = query * group; r < (query + 1) * group; ++r) {
         const typename S::V x = S::load(args.score + r * kTileKeys + c) * args.scale;
-        const typename S::V p = exp_of(x - args.lse[r]);
+        const typename S::V p = probability(x - args.lse[r]);
         joint = args.take_max ? S::max(p, joint) : joint + p;
       }
       S::store(args.out + query * kTileKeys + c,

@@ -105,6 +105,25 @@ def test_finite_for_the_largest_logits(op, sign, device, dtype):
     check("o", o, truth, same)
 
 
+@pytest.mark.parametrize(("device", "dtype"), device_types())
+@pytest.mark.parametrize("op", ATTENTIONS)
+def test_gradients_of_huge_logits_are_finite(op, device, dtype):
+    """At 1e9 a unit in the last place of fp32 is worth 64: exp(logit - lse) of the backward may not
+    come out as e^64 where the forward has added up the logit in another order."""
+    shape = Shape(lens_q=[200], dim=128, dim_v=128, kernel_size=16, topk=6, window_size=150)
+    case = OPERATORS[op](shape, dtype, device)
+    for i in (0, 1):
+        case.inputs[i] = (case.inputs[i].double() * 14_000).clamp(-60_000, 60_000).to(dtype)
+    do, dlse = case.douts(dtype, device)
+    outs, grads = case.found([do, dlse / 8])
+    assert float(outs[1].max()) > 2e8
+    truth = case.truth([do, dlse / 8])[1]
+    for name, found, exact in zip(case.names, grads, truth, strict=True):
+        assert found.isfinite().all(), f"d{name}: {int((~found.isfinite()).sum())} not finite"
+        # P may be 0 or 1 by mistake, so a gradient is a sum of other terms, but of such ones.
+        assert float(found.abs().max()) <= 3 * float(exact.abs().max()), f"d{name}"
+
+
 @pytest.mark.parametrize("device", [DEVICES[1], "cpu"])
 def test_fp16_keeps_its_precision(device):
     """fp16 has 3 bits more than bf16; partial results rounded through bf16 would lose them."""

@@ -9,13 +9,19 @@ from cuda_support import (
     CALLS,
     DEVICE,
     NEEDS_CUDA,
+    WINDOWS,
     Sizes,
     assert_same_results,
     device_randn,
     forward_backward,
     make_douts,
 )
-from reference.attention import masked_attention, selected_mask
+from reference.attention import (
+    compressed_mask,
+    masked_attention,
+    selected_mask,
+    window_mask,
+)
 from support import CUDA_TYPES, assert_same_bits, check, name_of
 
 import fsattn
@@ -112,10 +118,31 @@ def test_logits_beyond_the_range_of_exp(op, dtype):
 LARGEST = {torch.bfloat16: (10_000, torch.inf), torch.float16: (14_000, 60_000)}
 
 
+def _mask(op, sizes, call):
+    """[Hkv or 1, queries, keys] of one sequence."""
+    positions = sizes.positions()
+    with torch.device(DEVICE):
+        if op == "compressed_attention":
+            return compressed_mask(positions, call.inputs[1].shape[0], *WINDOWS.values())
+        if op == "selected_attention":
+            ids = call.extras["topk_idx"]
+            return selected_mask(ids, positions, sizes.total, sizes.block_size)
+        return window_mask(positions, sizes.total, sizes.window_size)
+
+
+def _has_clear_winner(q, k, mask):
+    """[queries, heads]: the best logit leads by more than what fp32 sums of its size resolve."""
+    group = q.shape[1] // k.shape[1]
+    s = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * q.shape[-1] ** -0.5
+    mask = mask.expand(k.shape[1], -1, -1).repeat_interleave(group, 0)
+    best, second = torch.where(mask, s, -torch.inf).topk(2, -1).values.unbind(-1)
+    return (best - second > 1e-5 * best.abs()).T
+
+
 @TYPES
 @pytest.mark.parametrize("dim", [64, 128])
 def test_logits_near_the_largest_number(dtype, dim):
-    """Logits of 1e9: the best key takes it all; nothing overflows, gradients of ties are finite.
+    """Logits of 1e9: the best key takes it all; nothing overflows, gradients are finite.
 
     A unit in the last place of such a logit is worth 64, so P of the backward, from a logit that
     was added up in another order, may be anything from 0 to 1, but no more. All of dlse at once
@@ -132,13 +159,18 @@ def test_logits_near_the_largest_number(dtype, dim):
         (o, lse), gradients = forward_backward(call, [do, dlse / 8])
         for name, x in zip(("o", "dq", "dk", "dv"), (o, *gradients), strict=True):
             assert bool(x.isfinite().all()), f"{op}: {name} is not finite"
-        seen = lse.isfinite()
-        assert bool((seen | (lse == -torch.inf)).all()) and float(lse[seen].max()) > 2e8
-        # One value row for every query that sees a key; its weight and the result are rounded.
-        v = call.inputs[2].repeat_interleave(2, 1)
-        distance = (o[:, None] - v[None]).abs().amax(-1).amin(1)
+        q, k, v = (x.double() for x in call.inputs)
+        mask = _mask(op, sizes, call)
+        truth, true_lse = masked_attention(q, k, v, mask, dim**-0.5)
+        assert torch.equal(lse.isfinite(), true_lse.isfinite()) and float(true_lse.max()) > 2e8
+        torch.testing.assert_close(
+            lse.double(), true_lse, rtol=0, atol=1e-6 * float(true_lse.max())
+        )
+        clear = _has_clear_winner(q, k, mask)
+        assert float(clear.float().mean()) > 0.9
         rounding = torch.finfo(dtype).eps * float(v.abs().max())
-        assert float(torch.where(seen.T, distance, 0).max()) <= rounding, op
+        error = torch.where(clear, (o.double() - truth).abs().amax(-1), 0)
+        assert float(error.max()) <= rounding, op
 
 
 # NaN as bf16, as fp16 and as fp32; as int32 far behind every block.
