@@ -59,10 +59,12 @@ inline TileArgs make_tile_args(const SelectedShape& shape, const SelectedFwdLayo
   return a;
 }
 
-inline void launch_sort(const TileArgs& a, int64_t heads_kv, cudaStream_t stream) {
+// A template, so that only the rows with tiles compile the kernel.
+template <int kThreads = kSortThreads>
+void launch_sort(const TileArgs& a, int64_t heads_kv, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(a.num_units), static_cast<unsigned>(heads_kv));
   const int bytes = a.window * 8 + a.per_unit * a.capacity * 4;
-  selected_attn_sort_kernel<kSortThreads><<<grid, kSortThreads, bytes, stream>>>(a);
+  selected_attn_sort_kernel<kThreads><<<grid, kThreads, bytes, stream>>>(a);
 }
 
 template <SelectedAttnFwdConfig kConfig, bool kHasMarks, bool kIsShort>
@@ -163,7 +165,7 @@ requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) class MainKer
                        const SelectedFwdLayout& layout, char* scratch, Stream stream) const {
     SelectedMask mask = params.mask;
     if (has_tiles_) {
-      launch_sort(tiles_, shape.num_heads_kv, static_cast<cudaStream_t>(stream));
+      launch_sort<>(tiles_, shape.num_heads_kv, static_cast<cudaStream_t>(stream));
       mask.topk_idx = tiles_.tail;
       mask.token_stride = shape.topk;
       mask.head_stride = shape.total_q * shape.topk;
