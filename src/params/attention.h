@@ -1,6 +1,7 @@
 // Parameters of the three attention branches. They differ in their mask alone.
 #pragma once
 #include "params/common.h"
+#include "params/gate.h"
 
 namespace fsattn {
 
@@ -67,6 +68,9 @@ struct AttnFwdParams {
   AttnFwdTensors attn;
   Mask mask;
   size_t workspace_cap;  // selected attention only: partial results are chunked to stay under it
+  // Block-major selected attention only: its merge writes o of the gate, whose other branches are ready.
+  // o.data is null when there is no gate.
+  GateFwdParams gate;
   Scratch scratch;
 };
 

@@ -63,6 +63,8 @@ NsaFwdPlan make_plan(const NsaFwdProblem& problem, const DeviceInfo& device) {
   plan.selected = make_plan(problem.selected, device);
   plan.window = make_plan(problem.window, device);
   plan.gate = make_plan(problem.gate, device);
+  plan.merges_gate = plan.selected.algorithm == Algorithm::kBlockMajor;
+  if (plan.merges_gate) plan.gate.reason += ", in the merge of selected_attention";
   WorkspaceLayout layout;
   plan.scratch = layout.add(largest_workspace(
       {&plan.compressed, &plan.select, &plan.selected, &plan.window, &plan.gate}));
@@ -79,6 +81,7 @@ NsaBwdPlan make_plan(const NsaBwdProblem& problem, const DeviceInfo& device) {
   // A gate of any sign has no logarithm.
   plan.folds_gates =
       device.type == DeviceType::kCuda && problem.activation == GateActivation::kSigmoid;
+  if (plan.folds_gates) plan.gate.reason += ", as a factor of P";
   const size_t gradient = plan.folds_gates ? 0 : gradient_bytes(problem.gate);
   const size_t stats = plan.folds_gates ? stats_bytes(problem.gate) : 0;
   WorkspaceLayout layout;

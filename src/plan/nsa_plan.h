@@ -12,6 +12,8 @@ namespace fsattn {
 struct NsaFwdPlan {
   bool has_select = true;
   Plan compressed, select, selected, window, gate;
+  bool merges_gate =
+      false;  // the merge of selected attention, then the last step, applies the gate
   Region scratch;
   size_t workspace_bytes = 0;
 };

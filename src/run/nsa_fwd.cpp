@@ -11,9 +11,13 @@ void run_nsa_fwd(const NsaFwdPlan& plan, const NsaFwdParams& params, void* works
   if (plan.has_select) {
     run_step(plan.select, params.select, scratch, stream);  // q, k_cmp, lse -> topk_idx
   }
-  run_step(plan.selected, params.selected, scratch, stream);  // q, k, v, topk_idx -> o_sel
-  run_step(plan.window, params.window, scratch, stream);      // q, k, v -> o_win
-  run_step(plan.gate, params.gate, scratch, stream);          // o_cmp, o_sel, o_win, gates -> o
+  run_step(plan.window, params.window, scratch, stream);  // q, k, v -> o_win
+  SelectedAttnFwdParams selected = params.selected;
+  if (plan.merges_gate) selected.gate = params.gate;
+  run_step(plan.selected, selected, scratch, stream);  // q, k, v, topk_idx -> o_sel, and o
+  if (!plan.merges_gate) {
+    run_step(plan.gate, params.gate, scratch, stream);  // o_cmp, o_sel, o_win, gates -> o
+  }
 }
 
 }  // namespace fsattn

@@ -227,6 +227,20 @@ TEST(nsa_forward_plan) {
   EXPECT_TRUE(to_string(brought).find("select_blocks") == std::string::npos);
 }
 
+// Where selected attention merges partial results, the gate is part of that.
+TEST(nsa_forward_merges_gate) {
+  EXPECT_TRUE(!make_plan(nsa_fwd(DeviceType::kCpu, true), cpu_with(2)).merges_gate);
+  const NsaFwdPlan plan = make_plan(nsa_fwd(DeviceType::kCuda, true), kH200);
+  EXPECT_TRUE(plan.merges_gate && plan.selected.algorithm == Algorithm::kBlockMajor);
+  NsaFwdProblem large_group = nsa_fwd(DeviceType::kCuda, true);
+  for (Problem* step : {&large_group.compressed, &large_group.select, &large_group.selected,
+                        &large_group.window, &large_group.gate}) {
+    step->num_heads_q = 64;
+    step->num_heads_kv = 1;
+  }
+  EXPECT_TRUE(!make_plan(large_group, kH200).merges_gate);  // query-major
+}
+
 TEST(nsa_backward_regions_are_disjoint_and_aligned) {
   for (const DeviceType device : {DeviceType::kCpu, DeviceType::kCuda}) {
     const NsaBwdPlan plan =

@@ -18,29 +18,14 @@
 #include "base/cuda_check.h"
 #include "base/math.h"
 #include "cuda/device/fast_div.cuh"
+#include "cuda/device/gate.cuh"
 #include "cuda/device/math.cuh"
-#include "cuda/device/vector.cuh"
 #include "cuda/gate/gate.h"
 
 namespace fsattn {
 namespace device {
 
 inline constexpr int kGateThreads = 256;
-inline constexpr int kBranches = 3;
-
-// The three gates of one row after their activation.
-template <class Element>
-__device__ void load_gates(const Rows& gates, GateActivation activation, int64_t token,
-                           int64_t head, float (&g)[kBranches]) {
-  const Element* from = static_cast<const Element*>(gates.data) + token * gates.token_stride +
-                        head * gates.head_stride;
-#pragma unroll
-  for (int i = 0; i < kBranches; ++i) {
-    const float x = static_cast<float>(from[i]);
-    g[i] = activation == GateActivation::kSigmoid ? 1.f / (1.f + __expf(-x)) : x;
-  }
-}
-
 template <class Element>
 __global__ void __launch_bounds__(kGateThreads)
     gate_fwd_kernel(const __grid_constant__ GateFwdParams p, int64_t num_vectors) {
@@ -54,15 +39,10 @@ __global__ void __launch_bounds__(kGateThreads)
 
   float g[kBranches];
   load_gates<Element>(p.gates, p.shape.activation, token, head, g);
-  const auto cmp = Vector8<Element>::load(row_pointer<Element>(p.o_cmp, token, head, column));
-  const auto sel = Vector8<Element>::load(row_pointer<Element>(p.o_sel, token, head, column));
-  const auto win = Vector8<Element>::load(row_pointer<Element>(p.o_win, token, head, column));
-  Vector8<Element> o;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    o.x[i] = g[0] * cmp.x[i] + g[1] * sel.x[i] + g[2] * win.x[i];
-  }
-  o.store(row_pointer<Element>(p.o, token, head, column));
+  const uint4 cmp = load_chunk<Element>(p.o_cmp, token, head, column);
+  const uint4 sel = load_chunk<Element>(p.o_sel, token, head, column);
+  const uint4 win = load_chunk<Element>(p.o_win, token, head, column);
+  mix_branches<Element>(g, cmp, sel, win).store(row_pointer<Element>(p.o, token, head, column));
 }
 
 // What the host tells the backward beside its tensors. A unit owns one value of dgates.

@@ -28,6 +28,7 @@ struct FwdArgs {
   // Of the popular blocks, where there are tiles. Their partial rows are in `o` until the merge.
   float2* tile_stats;   // [Hkv, total_q, G]
   uint8_t* tile_marks;  // [Hkv, total_q] 1 where written
+  GateFwdParams gate;   // o.data is null without one
 };
 
 // Bytes 0xff: a NaN that no arithmetic produces.

@@ -27,6 +27,7 @@ inline FwdArgs make_fwd_args(const SelectedAttnFwdParams& params, const Selected
   a.chunks_qk = static_cast<int>(shape.head_dim / 8);
   a.chunks_v = static_cast<int>(shape.head_dim_v / 8);
   a.scale_log2 = static_cast<float>(t.shape.softmax_scale) * device::kLog2E;
+  a.gate = params.gate;
   a.partial = scratch + layout.partial;
   a.partial_stats = reinterpret_cast<float2*>(scratch + layout.partial_stats);
   a.marks = layout.marks_bytes == 0 ? nullptr : reinterpret_cast<uint8_t*>(scratch + layout.marks);

@@ -5,9 +5,10 @@
 //         wrote them when; the one of the popular blocks, which `o` itself holds until then, is the
 //         last. None written: o = 0, lse = -inf.
 // Tiles   kLanes lanes a row (16 bytes each), 128 threads a CTA, grid (rows of a segment, segments).
+// Gate    within native_sparse_attention the rows of o go through the gate on their way out.
 // Bound   memory: (2 Dv + 8) bytes per partial row; eight rows in flight a lane.
 #pragma once
-#include "cuda/device/element.cuh"
+#include "cuda/device/gate.cuh"
 #include "cuda/selected_attn/selected_attn_fwd_args.cuh"
 
 namespace fsattn::selected {
@@ -157,6 +158,18 @@ struct TilePartial {
   }
 };
 
+// Sends 16 bytes of a row of o_sel through the gate.
+template <class Element>
+__device__ __forceinline__ void apply_gate(const GateFwdParams& gate, int64_t token, int head,
+                                           int column, const uint4& sel) {
+  float g[device::kBranches];
+  device::load_gates<Element>(gate.gates, gate.shape.activation, token, head, g);
+  const uint4 cmp = device::load_chunk<Element>(gate.o_cmp, token, head, column);
+  const uint4 win = device::load_chunk<Element>(gate.o_win, token, head, column);
+  device::mix_branches<Element>(g, cmp, sel, win)
+      .store(device::row_pointer<Element>(gate.o, token, head, column));
+}
+
 // kIsFragments: the rows are in the order of fragment_chunk(). kHasTiles: there are marks of the written rows
 // and the partial rows of popular blocks; otherwise the statistics tell. kIsShort: at most 32 partial rows a
 // query row beside that one.
@@ -232,7 +245,10 @@ __global__ void __launch_bounds__(kMergeThreads, kIsShort&& kLanes == 16 ? 6 : 5
                      pack_average<Element>(x[4], x[5]), pack_average<Element>(x[6], x[7])};
   if constexpr (kIsFragments) row_chunk = order_columns(row_chunk, lane);
   if (!is_row) return;
-  if (is_inside) *out = row_chunk;
+  if (is_inside) {
+    *out = row_chunk;
+    if (a.gate.o.data != nullptr) apply_gate<Element>(a.gate, token, head, lane * 8, row_chunk);
+  }
   if (lane == 0) {
     static_cast<float*>(a.lse.data)[head * a.lse.head_stride + token] =
         total > 0.f ? (top + log2f(total)) * device::kLn2 : -INFINITY;
