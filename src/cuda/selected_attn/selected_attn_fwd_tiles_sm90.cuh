@@ -328,8 +328,6 @@ struct TileConsumer {
       passed = i + 1;
       i = next;
     }
-    __syncwarp();  // all scores are done, and all lanes with the list
-    if (lane == 0) device::mbarrier_arrive(s.q_empty(buffer));
     pass_over(num_blocks + passed, num_blocks + item.count);
     num_blocks += item.count;
   }
@@ -373,13 +371,15 @@ struct TileConsumer {
     for (int n = 0;; ++n) {
       const int buffer = n % T::kQBuffers;
       device::mbarrier_wait(s.q_full(buffer), n / T::kQBuffers & 1);
-      const TileItem item = *s.item(buffer);
+      const TileItem& item = *s.item(buffer);  // a copy would take eight registers
       if (item.count < 0) break;
       float o[64] = {};
       Softmax softmax;
       softmax.init();
       attend(item, buffer, softmax, o);
       write(item, softmax, o);
+      __syncwarp();  // all scores are done, and all lanes with the item and its list
+      if (lane == 0) device::mbarrier_arrive(s.q_empty(buffer));
     }
   }
 };

@@ -133,7 +133,7 @@ __device__ __forceinline__ TileItem make_item(const TileArgs& a, const Unit& uni
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     selected_attn_sort_kernel(const __grid_constant__ TileArgs a) {
   static_assert(kThreads == kSortThreads);
   extern __shared__ __align__(1024) unsigned char smem[];
