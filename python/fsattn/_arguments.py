@@ -38,6 +38,8 @@ def check_ints(**values: object) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise _wrong_type(name, "an int", value)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: must fit 64 bits, found {value}")
 
 
 def check_optional_ints(**values: object) -> None:
@@ -64,7 +66,10 @@ def resolve_scale(softmax_scale: object) -> float:
         raise _wrong_type("softmax_scale", "a float or None", softmax_scale)
     if softmax_scale == 0:
         raise ValueError("softmax_scale: must be finite and positive, found 0")
-    return float(softmax_scale)
+    try:
+        return float(softmax_scale)
+    except OverflowError:
+        raise ValueError("softmax_scale: must be finite, found an int beyond float64") from None
 
 
 def resolve_cap(workspace_cap: object) -> int:
@@ -102,6 +107,8 @@ def longest(cu_seqlens: Tensor, given: int | None, total: int) -> int:
         return total
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_meta:
         return total
+    if cu_seqlens.dtype != torch.int32:
+        return total  # the library names the mistake
     return max(int(cu_seqlens.diff().max()), min(total, 1))
 
 

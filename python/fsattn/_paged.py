@@ -27,7 +27,7 @@ def _longest_total(cache_seqlens: Tensor, cu_q: Tensor, capacity: int) -> int:
     unreadable = torch.compiler.is_compiling() or type(cache_seqlens) is not Tensor
     if unreadable or not (cache_seqlens.is_cpu and cu_q.is_cpu) or cache_seqlens.numel() == 0:
         return capacity
-    if cache_seqlens.shape[0] != cu_q.shape[0] - 1:
+    if cache_seqlens.shape[0] != cu_q.shape[0] - 1 or cache_seqlens.dtype != torch.int32:
         return capacity  # the library names the mistake
     return max(int((cache_seqlens + cu_q.diff()).max()), 1)
 

@@ -12,12 +12,19 @@ namespace {
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxGroupSize = 64;
 constexpr int64_t kMaxTopk = 128;
+constexpr double kMinScale = 1e-37;
+constexpr double kMaxScale = 1e38;
 constexpr std::array<int64_t, 5> kBlockSizes = {16, 32, 64, 128, 256};
 
-double resolve_scale(double softmax_scale, int64_t head_dim) {
+// The scale times log2(e) is a number of fp32, where it may become neither 0 nor infinite.
+double resolve_scale(double softmax_scale, int64_t head_dim, DType dtype) {
   FSATTN_CHECK(std::isfinite(softmax_scale) && softmax_scale >= 0.0, kInvalidArgument,
                "softmax_scale: must be finite and positive, or 0 for head_dim^-0.5, found ",
                softmax_scale);
+  const bool is_wide = dtype == DType::kFloat64 || softmax_scale == 0.0;
+  FSATTN_CHECK(is_wide || (softmax_scale >= kMinScale && softmax_scale <= kMaxScale),
+               kInvalidArgument, "softmax_scale: must be between ", kMinScale, " and ", kMaxScale,
+               ", found ", softmax_scale);
   return softmax_scale == 0.0 ? 1.0 / std::sqrt(static_cast<double>(head_dim)) : softmax_scale;
 }
 
@@ -51,7 +58,8 @@ AttnShape check_heads(const Arguments& args, const TensorView& q, const char* k_
                "), found ", heads_q);
   FSATTN_CHECK(heads_q / heads_kv <= kMaxGroupSize, kInvalidArgument, "q: must have at most ",
                kMaxGroupSize, " heads for one head of ", k_name, ", found ", heads_q / heads_kv);
-  return {args.dtype(), heads_q, heads_kv, q.shape[2], 0, resolve_scale(softmax_scale, q.shape[2])};
+  return {args.dtype(), heads_q, heads_kv,
+          q.shape[2],   0,       resolve_scale(softmax_scale, q.shape[2], args.dtype())};
 }
 
 void check_row_counts(int64_t total_q, const char* k_name, int64_t rows_k) {

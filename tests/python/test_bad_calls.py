@@ -209,6 +209,13 @@ BAD = [
     (NSA, {"window_size": -2}, ValueError, r"window_size.*-2"),
     (NSA, {"group_reduce": "median"}, ValueError, r"group_reduce.*median"),
     (NSA, {"topk": 200}, ValueError, r"topk.*200"),
+    # numbers beyond what the library counts or computes with
+    (WIN, {"window_size": 2**70}, ValueError, rf"window_size.*{2**70}"),
+    (WIN, {"max_seqlen_q": 2**70}, ValueError, rf"max_seqlen_q.*{2**70}"),
+    (SEL, {"workspace_cap": 2**70}, ValueError, rf"workspace_cap.*{2**70}"),
+    (WIN, {"softmax_scale": 1e300}, ValueError, r"softmax_scale.*1e\+300"),
+    (WIN, {"softmax_scale": 1e-300}, ValueError, r"softmax_scale.*1e-300"),
+    (WIN, {"cu_seqlens_q": CU.to(torch.uint32)}, TypeError, r"cu_seqlens_q.*int32"),
     # missing arguments
     (SEL, {"cu_seqlens_q": None, "cu_seqlens_k": None}, ValueError, r"cu_seqlens_q"),
     (SEL, {"cu_seqlens_k": None, "k": _tensor(63, 2, 16), "v": _tensor(63, 2, 24)}, ValueError,
@@ -275,6 +282,18 @@ def test_cuda_serves_16_bit_only(dtype, device):
         arguments[name] = arguments[name].to(dtype)
     with pytest.raises((TypeError, NotImplementedError), match=r"q.*(float|fp)(32|64)"):
         fsattn.window_attention(**arguments)
+
+
+def test_scales_at_the_ends_of_the_range():
+    """float64 has no use for a limit; an int beyond every float is refused like infinity."""
+    call = valid_call(WIN)
+    for scale in (1e-37, 1e38):
+        fsattn.window_attention(**call, softmax_scale=scale)
+    wide = {name: x.double() if name in ("q", "k", "v") else x for name, x in call.items()}
+    for scale in (1e-300, 1e300):
+        assert fsattn.window_attention(**wide, softmax_scale=scale).isfinite().all()
+    with pytest.raises(ValueError, match="softmax_scale"):
+        fsattn.window_attention(**call, softmax_scale=10**400)
 
 
 def test_unknown_keyword():
