@@ -3,7 +3,14 @@
 import pytest
 import torch
 from cases import OPERATORS, Shape, nsa_case, selected_case, window_case
-from support import DEVICES, assert_same_bits, cu_seqlens, randn, random_topk_idx
+from support import (
+    DEVICES,
+    assert_same_bits,
+    cu_seqlens,
+    device_types,
+    randn,
+    random_topk_idx,
+)
 
 import fsattn
 
@@ -160,15 +167,16 @@ def test_double_backward_is_refused():
         torch.autograd.grad(dq.square().sum(), k)
 
 
+@pytest.mark.parametrize(("device", "dtype"), device_types([torch.float32]))
 @pytest.mark.parametrize("cap", [0, 1, 2**12, 2**40])
-def test_workspace_cap_changes_no_bits(cap):
+def test_workspace_cap_changes_no_bits(cap, device, dtype):
     """Any cap is either served with the same bits or refused by name."""
-    ids = random_topk_idx(2, SHAPE.lens_q, SHAPE.lens_k, 16, 3)
-    case = selected_case(SHAPE, torch.float32, topk_idx=ids)
+    ids = random_topk_idx(2, SHAPE.lens_q, SHAPE.lens_k, 16, 3).to(device)
+    case = selected_case(SHAPE, dtype, device, topk_idx=ids)
     want = case.ours(*case.inputs)[0]
     try:
         o = fsattn.selected_attention(
-            *case.inputs, ids, *SHAPE.cu(), block_size=16, workspace_cap=cap
+            *case.inputs, ids, *SHAPE.cu(device), block_size=16, workspace_cap=cap
         )
     except (ValueError, NotImplementedError) as error:
         assert "workspace_cap" in str(error) and str(cap) in str(error)

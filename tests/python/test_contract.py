@@ -162,23 +162,24 @@ def test_neighbours_with_nan_and_inf(op, poison, device):
         assert_same_bits(f"d{name}", a[ends[1] :], b[ends[1] :])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", ["compressed_attention", "selected_attention", "window_attention"])
-def test_keys_that_nobody_sees_do_not_matter(op):
+def test_keys_that_nobody_sees_do_not_matter(op, device):
     """NaN in keys and values behind every mask never reaches a result."""
     shape = SMALL.variant(lens_q=[20], lens_k=[80], q_offset=[20], window_size=3, block_size=16)
     ids = torch.zeros(2, 20, 2, dtype=torch.int32)
     ids[..., 1] = 3  # the block behind every query
     if op == "selected_attention":
-        case = selected_case(shape, torch.bfloat16, topk_idx=ids)
+        case = selected_case(shape, torch.bfloat16, device, topk_idx=ids)
         hidden = slice(16, None)
     else:
-        case = OPERATORS[op](shape, torch.bfloat16)
+        case = OPERATORS[op](shape, torch.bfloat16, device)
         hidden = slice(40, None) if op == "window_attention" else slice(1, None)
-    clean = case.found(case.douts(torch.bfloat16, "cpu"))
+    clean = case.found(case.douts(torch.bfloat16, device))
     for i in (1, 2):
         case.inputs[i] = case.inputs[i].clone()
         case.inputs[i][hidden] = math.nan
-    dirty = case.found(case.douts(torch.bfloat16, "cpu"))
+    dirty = case.found(case.douts(torch.bfloat16, device))
     for a, b in zip(clean[0], dirty[0], strict=True):
         assert_same_bits("output", a, b)
     for name, a, b in zip(case.names, clean[1], dirty[1], strict=True):
@@ -327,17 +328,34 @@ def test_log_plan(capfd):
         assert capfd.readouterr() == ("", "")
 
 
-def test_large_batch_of_tiny_sequences():
-    """A thousand sequences of 0 to 3 tokens."""
-    lengths = [(7 * i) % 4 for i in range(1000)]
-    shape = Shape(lens_q=lengths, dim=8, dim_v=8, heads_kv=1, group=1, topk=1)
+@pytest.mark.parametrize(
+    ("device", "dtype", "batch"),
+    [
+        ("cpu", torch.float32, 1000),
+        # More sequences than a grid has CTAs in its second dimension.
+        pytest.param("cuda", torch.bfloat16, 70_000, marks=DEVICES[1].marks),
+    ],
+)
+def test_large_batch_of_tiny_sequences(device, dtype, batch):
+    """Sequences of 0 to 3 tokens, of which the definition computes the first thousand."""
+    lengths = [(7 * i) % 4 for i in range(batch)]
+    few = Shape(lens_q=lengths[:1000], dim=8, dim_v=8, heads_kv=1, group=1, topk=1)
+    many = few.variant(lens_q=lengths)
     ids = torch.zeros(1, sum(lengths), 1, dtype=torch.int32)
-    case = selected_case(shape, torch.float32, topk_idx=ids)
-    o, lse = case.ours(*case.inputs)
-    truth = case.ref(*[x.double() for x in case.inputs])
-    same = case.ref(*case.inputs)
-    check("o", o, truth[0], same[0])
-    check("lse", lse, truth[1], same[1])
+    case = selected_case(many, dtype, device, topk_idx=ids)
+    start = selected_case(few, dtype, topk_idx=ids[:, : sum(few.lens_q)])
+    start.inputs = [x[: sum(few.lens_q)].cpu() for x in case.inputs]
+    leaves = [x.requires_grad_() for x in case.inputs]
+    o, lse = case.ours(*leaves)
+    grads = torch.autograd.grad(o.float().square().sum() + lse.sum(), leaves)
+    assert all(x.isfinite().all() for x in (o, lse, *grads))
+    truth, same, stats = (
+        start.ref(*[x.to(kind) for x in start.inputs])
+        for kind in (torch.float64, dtype, torch.float32)
+    )
+    rows = slice(0, sum(few.lens_q))
+    check("o", o[rows], truth[0], same[0])
+    check("lse", lse[:, rows], truth[1], stats[1])
 
 
 def test_tensors_may_end_before_the_page_ends():

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from cases import OPERATORS, Shape
-from support import DEVICES, assert_same_bits, random_topk_idx
+from support import DEVICES, assert_same_bits, randn, random_topk_idx
+
+import fsattn
 
 pytestmark = pytest.mark.alone
 CUDA = [DEVICES[1]]
@@ -53,6 +55,54 @@ def test_every_byte_comes_from_the_callers_allocator(op, device):
     case, douts = _case(op, device)
     case.found(douts)
     assert min(_bytes_of_others(lambda: case.found(douts)) for _ in range(3)) <= 0
+
+
+def _selection(device, seed):
+    """Inputs of a selection and its index, and both as one call."""
+    cu, cu_cmp = SHAPE.cu(device)[0], SHAPE.cu_cmp(device)
+    q = randn(370, 8, 64, dtype=torch.bfloat16, device=device, seed=seed)
+    k_cmp = randn(23, 2, 64, dtype=torch.bfloat16, device=device, seed=seed + 1)
+    sizes = {"kernel_size": 32, "kernel_stride": 16}
+
+    def run():
+        _, lse = fsattn.compressed_attention(
+            q, k_cmp, k_cmp, cu, cu, cu_cmp, return_lse=True, **sizes
+        )
+        ids = fsattn.select_blocks(q, k_cmp, lse, cu, cu, cu_cmp, block_size=64, topk=4, **sizes)
+        return ids, *fsattn.build_block_index(ids, cu, cu, block_size=64)
+
+    return [q, k_cmp], run
+
+
+def _assert_same_selection(found, want):
+    """Entries behind the last used one are free."""
+    used = [slice(None, int(n)) for n in want[1][:, -1]]
+    assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+    for head, rows in enumerate(used):
+        assert torch.equal(found[2][head, rows], want[2][head, rows])
+
+
+@pytest.mark.parametrize("device", CUDA)
+def test_selection_and_index_run_without_the_host(device):
+    """Neither synchronises, and both can be captured and replayed with new inputs."""
+    inputs, run = _selection(device, 0)
+    others, run_others = _selection(device, 9)
+    want = run_others()
+    assert not torch.equal(run()[0], want[0])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    for x, y in zip(inputs, others, strict=True):
+        x.copy_(y)
+    graph.replay()
+    torch.cuda.synchronize()
+    _assert_same_selection(found, want)
 
 
 @pytest.mark.parametrize("device", CUDA)

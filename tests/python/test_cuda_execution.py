@@ -86,6 +86,24 @@ def test_two_streams_at_once(op):
             assert_same_results(op, result, expected)
 
 
+@pytest.mark.parametrize("cap", [0, 2**20, 2**26])
+def test_workspace_cap(cap):
+    """Under a cap the work goes in pieces: the forward keeps its bits, sums of gradients their value."""
+    call, douts = _with_douts("selected_attention", BUSY)
+    want = forward_backward(call, douts)
+    ids, longest = call.extras["topk_idx"], BUSY.longest()
+    call.run = lambda q, k, v: fsattn.selected_attention(
+        q, k, v, ids, BUSY.cu(), BUSY.cu(), block_size=64, return_lse=True, workspace_cap=cap,
+        **longest,
+    )  # fmt: skip
+    found = forward_backward(call, douts)
+    for name, a, b in zip(("o", "lse"), found[0], want[0], strict=True):
+        assert_same_bits(name, a, b)
+    for name, a, b in zip("qkv", found[1], want[1], strict=True):
+        error = float((a.float() - b.float()).abs().max())
+        assert error <= 2 * torch.finfo(a.dtype).eps * float(b.abs().max()), f"d{name}"
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("current", [0, 1])
 @pytest.mark.parametrize("op", CALLS)

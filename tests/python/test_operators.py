@@ -43,11 +43,12 @@ def test_prefix_cache(op, device, dtype):
     check_case(OPERATORS[op](shape, dtype, device), dtype, device)
 
 
+@pytest.mark.parametrize(("device", "dtype"), device_types([torch.float64, torch.bfloat16]))
 @pytest.mark.parametrize("op", [*ATTENTIONS, "native_sparse_attention"])
-def test_more_queries_than_keys(op):
+def test_more_queries_than_keys(op, device, dtype):
     """Queries before the first key (negative positions) see nothing."""
     shape = TYPICAL.variant(lens_q=[70, 40], lens_k=[50, 0])
-    outs, _ = check_case(OPERATORS[op](shape, torch.float64), torch.float64, "cpu")
+    outs, _ = check_case(OPERATORS[op](shape, dtype, device), dtype, device)
     assert (outs[0][:20] == 0).all() and (outs[0][70:] == 0).all()
 
 
@@ -82,25 +83,28 @@ def test_block_sizes(block_size, device, dtype):
     check_case(OPERATORS["selected_attention"](shape, dtype, device), dtype, device)
 
 
+@pytest.mark.parametrize(("device", "dtype"), device_types([torch.float64, torch.bfloat16]))
 @pytest.mark.parametrize("topk", [1, 128])
 @pytest.mark.parametrize("op", ["selected_attention", "native_sparse_attention"])
-def test_topk_limits(op, topk):
+def test_topk_limits(op, topk, device, dtype):
     shape = TYPICAL.variant(topk=topk, block_size=16, dim=16, dim_v=16, group=2)
     if op == "native_sparse_attention" and topk == 1:
         pytest.skip("one initial and one local block are forced: topk is at least 2")
-    check_case(OPERATORS[op](shape, torch.float64), torch.float64, "cpu")
+    check_case(OPERATORS[op](shape, dtype, device), dtype, device)
 
 
+@pytest.mark.parametrize(("device", "dtype"), device_types([torch.float64, torch.bfloat16]))
 @pytest.mark.parametrize("scale", [0.0625, 1.0, 3.0])
 @pytest.mark.parametrize("op", [*ATTENTIONS, "native_sparse_attention"])
-def test_softmax_scale(op, scale):
+def test_softmax_scale(op, scale, device, dtype):
     shape = TYPICAL.variant(softmax_scale=scale, dim=16, dim_v=16, group=2)
-    check_case(OPERATORS[op](shape, torch.float64), torch.float64, "cpu")
+    check_case(OPERATORS[op](shape, dtype, device), dtype, device)
 
 
+@pytest.mark.parametrize(("device", "dtype"), device_types([torch.float64, torch.bfloat16]))
 @pytest.mark.parametrize("op", ATTENTIONS)
-def test_no_gradient_at_lse(op):
-    check_case(OPERATORS[op](TYPICAL, torch.float64), torch.float64, "cpu", with_lse=False)
+def test_no_gradient_at_lse(op, device, dtype):
+    check_case(OPERATORS[op](TYPICAL, dtype, device), dtype, device, with_lse=False)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -207,11 +211,12 @@ def test_a_batch_equals_a_loop_over_its_sequences(op, device):
                 assert_same_bits(f"d{name} of sequence {b}", part[: len(want)], want)
 
 
+@pytest.mark.parametrize(("device", "dtype"), device_types([torch.float32]))
 @pytest.mark.parametrize("op", OPERATORS)
-def test_partial_gradients(op):
+def test_partial_gradients(op, device, dtype):
     """Asking for one gradient gives the same one as asking for all."""
-    case = OPERATORS[op](TYPICAL.variant(dim=16, dim_v=16), torch.float32)
-    douts = case.douts(torch.float32, "cpu")
+    case = OPERATORS[op](TYPICAL.variant(dim=16, dim_v=16), dtype, device)
+    douts = case.douts(dtype, device)
     _, grads = case.found(douts)
     for i, name in enumerate(case.names):
         leaves = [x.detach().requires_grad_(i == j) for j, x in enumerate(case.inputs)]
@@ -219,12 +224,13 @@ def test_partial_gradients(op):
         assert_same_bits(f"d{name}", grad, grads[i])
 
 
+@pytest.mark.parametrize(("device", "dtype"), device_types([torch.float32]))
 @pytest.mark.parametrize("op", ATTENTIONS)
-def test_default_head_scale(op):
+def test_default_head_scale(op, device, dtype):
     """softmax_scale defaults to D^-0.5."""
     shape = TYPICAL.variant(dim=16, dim_v=16)
-    a = OPERATORS[op](shape, torch.float32)
-    b = OPERATORS[op](shape.variant(softmax_scale=0.25), torch.float32)
+    a = OPERATORS[op](shape, dtype, device)
+    b = OPERATORS[op](shape.variant(softmax_scale=0.25), dtype, device)
     assert_same_bits("o", a.ours(*a.inputs)[0], b.ours(*b.inputs)[0])
 
 

@@ -8,6 +8,8 @@ from support import DEVICES, cu_seqlens, device_types, random_topk_idx
 
 import fsattn
 
+BOTH = device_types([torch.float32])
+
 
 @pytest.mark.parametrize(("device", "dtype"), device_types())
 @pytest.mark.parametrize("group_reduce", ["sum", "max", "first_head"])
@@ -30,35 +32,40 @@ def test_group_reduce_matters():
     assert not torch.equal(modes["max"], modes["first_head"])
 
 
+@pytest.mark.parametrize(("device", "dtype"), BOTH)
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 16, 64])
-def test_groups(group):
-    Selection([400], group=group, heads_kv=2).check()
+def test_groups(group, device, dtype):
+    Selection([400], group=group, heads_kv=2, device=device, dtype=dtype).check()
 
 
 @pytest.mark.parametrize(
     ("init", "local"), [(0, 0), (0, 1), (1, 0), (2, 2), (4, 1), (1, 3), (8, 0)]
 )
-def test_forced_blocks(init, local):
-    found, _ = Selection([520, 66], topk=8, init_blocks=init, local_blocks=local).check()
+@pytest.mark.parametrize(("device", "dtype"), BOTH)
+def test_forced_blocks(init, local, device, dtype):
+    forced = {"init_blocks": init, "local_blocks": local}
+    found, _ = Selection([520, 66], topk=8, device=device, dtype=dtype, **forced).check()
     for t in range(520):
         forced = {b for b in range(t // 64 + 1) if b < init or b > t // 64 - local}
         assert forced <= set(found[0, t].tolist())
 
 
+@pytest.mark.parametrize(("device", "dtype"), BOTH)
 @pytest.mark.parametrize("topk", [1, 2, 16, 127, 128])
-def test_topk(topk):
+def test_topk(topk, device, dtype):
     """Also more than the sequence has blocks: all of them, then -1."""
     few = {"init_blocks": 1, "local_blocks": 0} if topk == 1 else {"local_blocks": 1}
     shape = {"block_size": 16, "kernel_size": 16, "kernel_stride": 8}
-    found, _ = Selection([500], topk=topk, **few, **shape).check()
+    found, _ = Selection([500], topk=topk, device=device, dtype=dtype, **few, **shape).check()
     count = (found[0] >= 0).sum(1)
     assert torch.equal(count, (torch.arange(500) // 16 + 1).clamp(max=topk))
 
 
+@pytest.mark.parametrize(("device", "dtype"), BOTH)
 @pytest.mark.parametrize("offset", [None, [300, -20], [0, 600]])
-def test_query_offset(offset):
+def test_query_offset(offset, device, dtype):
     """Chunks of a longer sequence, negative positions and positions behind the last key."""
-    Selection([90, 50], [390, 200], q_offset=offset).check()
+    Selection([90, 50], [390, 200], q_offset=offset, device=device, dtype=dtype).check()
 
 
 def test_chunks_equal_the_whole():
@@ -166,19 +173,35 @@ def test_block_index(block_size, wild, device):
     _check_index(ids, cu_seqlens(lens), cu_seqlens(lens), block_size, device)
 
 
-def test_block_index_of_chunks():
+@pytest.mark.parametrize("device", DEVICES)
+def test_block_index_of_chunks(device):
     """Fewer queries than keys: the positions are bottom-right aligned."""
     lens_q, lens_k = [3, 0, 40], [200, 50, 60]
     ids = random_topk_idx(2, lens_q, lens_k, 16, 7, seed=2)
-    _check_index(ids, cu_seqlens(lens_q), cu_seqlens(lens_k), 16)
+    _check_index(ids, cu_seqlens(lens_q), cu_seqlens(lens_k), 16, device)
 
 
-def test_block_index_of_strided_ids():
-    ids = random_topk_idx(2, [90], [90], 16, 4, seed=3)
-    cu = cu_seqlens([90])
+@pytest.mark.parametrize("device", DEVICES)
+def test_block_index_of_strided_ids(device):
+    ids = random_topk_idx(2, [90], [90], 16, 4, seed=3).to(device)
+    cu = cu_seqlens([90], device)
     strided = ids.transpose(0, 1).contiguous().transpose(0, 1)
     a, b = (fsattn.build_block_index(x, cu, cu, block_size=16) for x in (ids, strided))
     assert torch.equal(a.start, b.start)
     for head in range(2):
         used = int(a.start[head, -1])
         assert used > 0 and torch.equal(a.entry[head, :used], b.entry[head, :used])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lens", [[], [0, 0]])
+def test_nothing_to_select_from(lens, device):
+    """No sequence, and empty ones only: an empty selection and its empty index."""
+    cu, cu_cmp = cu_seqlens(lens, device), cu_seqlens(lens, device)
+    q = torch.empty(0, 4, 16, dtype=torch.bfloat16, device=device)
+    lse = torch.empty(4, 0, device=device)
+    sizes = {"kernel_size": 32, "kernel_stride": 16, "block_size": 64}
+    ids = fsattn.select_blocks(q, q[:, :2], lse, cu, cu, cu_cmp, topk=5, **sizes)
+    assert ids.shape == (2, 0, 5) and ids.device == q.device
+    index = fsattn.build_block_index(ids, cu, cu, block_size=64)
+    assert not index.start.any() and index.entry.shape == (2, 0)

@@ -169,19 +169,28 @@ def test_batched_layout(device):
     )
 
 
-def test_strided_topk_idx():
+@pytest.mark.parametrize("device", DEVICES)
+def test_strided_topk_idx(device):
     """topk_idx as a transposed and sliced view."""
-    wide = torch.full((IDS.shape[1], 2, 9), 3, dtype=torch.int32)
+    wide = torch.full((IDS.shape[1], 2, 9), 3, dtype=torch.int32, device=device)
     view = wide[:, :, 2:6].transpose(0, 1)
     view.copy_(IDS)
-    _assert_equal_runs(_run(view), _run(IDS))
+    case = selected_case(SHAPE, torch.bfloat16, device, topk_idx=IDS)
+    results = [
+        fsattn.selected_attention(*case.inputs, ids, *SHAPE.cu(device), block_size=16)
+        for ids in (view, view.contiguous())
+    ]
+    assert_same_bits("o", *results)
 
 
-def test_too_long_max_seqlen_changes_nothing():
+@pytest.mark.parametrize("device", DEVICES)
+def test_too_long_max_seqlen_changes_nothing(device):
     """max_seqlen is an upper bound."""
-    case = selected_case(SHAPE, torch.float32, topk_idx=IDS)
-    a = fsattn.selected_attention(*case.inputs, IDS, *SHAPE.cu(), 70, 70, block_size=16)
-    b = fsattn.selected_attention(*case.inputs, IDS, *SHAPE.cu(), 111, 111, block_size=16)
+    case = selected_case(SHAPE, torch.bfloat16, device, topk_idx=IDS)
+    ids, cus = IDS.to(device), SHAPE.cu(device)
+    a, b = (
+        fsattn.selected_attention(*case.inputs, ids, *cus, n, n, block_size=16) for n in (70, 111)
+    )
     assert_same_bits("o", a, b)
 
 
@@ -206,11 +215,14 @@ def test_decode_equals_the_last_row(dtype, device):
     check("prefill", o, truth[0], same[0])
 
 
-def test_no_tokens_at_all():
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_tokens_at_all(device):
     """An empty batch and empty sequences only."""
-    q, k, v = randn(0, 2, 16), randn(0, 1, 16), randn(0, 1, 8)
-    ids = torch.zeros(1, 0, 2, dtype=torch.int32)
+    q, k, v = (
+        randn(0, *x, dtype=torch.bfloat16, device=device) for x in ((2, 16), (1, 16), (1, 8))
+    )
+    ids = torch.zeros(1, 0, 2, dtype=torch.int32, device=device)
     for cu in ([0], [0, 0, 0]):
-        cu = torch.tensor(cu, dtype=torch.int32)
+        cu = torch.tensor(cu, dtype=torch.int32, device=device)
         o, lse = fsattn.selected_attention(q, k, v, ids, cu, cu, block_size=16, return_lse=True)
         assert o.shape == (0, 2, 8) and lse.shape == (2, 0)

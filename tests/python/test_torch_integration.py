@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import OPERATORS, Shape
 from paged_support import PAGED_OPERATORS
-from support import assert_same_bits, cu_seqlens, randn, random_topk_idx
+from support import assert_same_bits, cu_seqlens, device_types, randn, random_topk_idx
 from torch.utils.checkpoint import checkpoint
 
 import fsattn
@@ -288,13 +288,14 @@ def test_gradients_arrive_in_any_layout(op):
         assert_same_bits(f"d{name} of an expanded gradient", a, b)
 
 
+@pytest.mark.parametrize(("device", "dtype"), device_types([torch.float32]))
 @pytest.mark.parametrize("op", OPERATORS)
-def test_empty(op):
+def test_empty(op, device, dtype):
     """No sequence at all, and only empty ones: empty results and empty gradients."""
     for lens in ([], [0, 0]):
         brought = op == "selected_attention"
         extra = {"topk_idx": torch.empty(2, 0, 2, dtype=torch.int32)} if brought else {}
-        built = OPERATORS[op](replace(TINY, lens_q=lens, lens_k=lens), torch.float32, **extra)
+        built = OPERATORS[op](replace(TINY, lens_q=lens, lens_k=lens), dtype, device, **extra)
         leaves = [x.detach().requires_grad_() for x in built.inputs]
         outs = built.ours(*leaves)
         assert all(o.numel() == 0 for o in outs)
