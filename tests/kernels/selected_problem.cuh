@@ -154,10 +154,11 @@ struct SelectedProblem {
 
   SelectedAttnFwdParams fwd_params(const Buffer<char>& scratch) const {
     return {
-        {packing(), shape(), rows(q), rows(k), rows(v), rows(o), {lse.data, total_q}},
+        {packing(),            shape(), rows(q), rows(k), rows(v), rows(o), {lse.data, total_q}},
         mask(),
         c.cap,
-        {scratch.data,  scratch.bytes() }
+        {}, // no gate
+        {scratch.data,                     scratch.bytes()            }
     };
   }
   // The caller sets what it wants accumulated, and dlse to null for none.
