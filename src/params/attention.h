@@ -68,10 +68,10 @@ struct AttnFwdParams {
   AttnFwdTensors attn;
   Mask mask;
   size_t workspace_cap;  // selected attention only: partial results are chunked to stay under it
+  Scratch scratch;
   // Block-major selected attention only: its merge writes o of the gate, whose other branches are ready.
   // o.data is null when there is no gate.
-  GateFwdParams gate;
-  Scratch scratch;
+  GateFwdParams gate = {};
 };
 
 template <class Mask>

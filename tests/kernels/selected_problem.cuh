@@ -154,11 +154,10 @@ struct SelectedProblem {
 
   SelectedAttnFwdParams fwd_params(const Buffer<char>& scratch) const {
     return {
-        {packing(),            shape(), rows(q), rows(k), rows(v), rows(o), {lse.data, total_q}},
+        {packing(), shape(), rows(q), rows(k), rows(v), rows(o), {lse.data, total_q}},
         mask(),
         c.cap,
-        {}, // no gate
-        {scratch.data,                     scratch.bytes()            }
+        {scratch.data,  scratch.bytes() }
     };
   }
   // The caller sets what it wants accumulated, and dlse to null for none.
