@@ -59,8 +59,8 @@ struct AttnBwdTensors {
   // delta = rowsum(dO * O) - dlse of every row, where the caller has it; null otherwise, and always on
   // the CPU. fp32: delta [Hq, total_q] for compressed and window attention, pairs {lse / ln 2, delta}
   // [total_q, Hq] for selected attention, which then reads neither o nor lse.
-  void* row_stats;
-  SharedDq shared_dq;
+  void* row_stats = nullptr;
+  SharedDq shared_dq = {};
 };
 
 template <class Mask>
