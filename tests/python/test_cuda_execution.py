@@ -158,6 +158,46 @@ def test_compile_the_whole_operator():
     assert_same_results("compiled", found, want)
 
 
+def test_the_whole_operator_in_a_graph():
+    """With the second stream of the backward, which is made while this stream is captured."""
+    shapes = [(2, 700, 4, 128), (2, 700, 2, 128), (2, 700, 2, 128), (2, 700, 4, 3)]
+    inputs = [device_randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    dout = device_randn(2, 700, 4, 128, seed=9)
+    want = _gradients(_whole, inputs, dout)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        found = _gradients(_whole, inputs, dout)
+    for _ in range(2):
+        for x in (*found[0], *found[1]):
+            x.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_results("replayed", found, want)
+    assert_same_results("eager again", _gradients(_whole, inputs, dout), want)
+
+
+def test_logits_and_ready_gates_have_the_same_gradients():
+    """Gates of logits become a factor of P in the backward, ready ones of the output gradients."""
+    inputs, dout = _whole_inputs(), device_randn(2, 300, 4, 64, seed=9)
+    k_cmp, v_cmp = (fsattn.compress_kv(x, **WINDOWS)[0] for x in inputs[1:3])
+
+    def whole(activation):
+        def call(q, k, v, gates):
+            g = gates if activation else torch.sigmoid(gates.float()).to(gates.dtype)
+            return fsattn.native_sparse_attention(
+                q, k, v, k_cmp, v_cmp, g, topk=4, activation=activation
+            )
+
+        return call
+
+    logits, ready = (
+        _gradients(whole(activation), inputs, dout) for activation in ("sigmoid", None)
+    )
+    for mine, theirs in zip(logits[1], ready[1], strict=True):
+        error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
+        assert error < 2**-6  # roundings of bfloat16, one of them the gates' own
+
+
 def _module(**options):
     torch.manual_seed(0)
     rope = fsattn.RopeConfig(head_dim=64, max_position_embeddings=1024)
