@@ -241,8 +241,8 @@ def gate_case(s, dtype, device="cpu", seed=0):
     return Case(names, inputs, ["o"], ours, ref, ["q"] * 4, ["q"])
 
 
-def nsa_case(s, dtype, device="cpu", seed=0):
-    """native_sparse_attention with its own selection."""
+def nsa_case(s, dtype, device="cpu", seed=0, brings_selection=False):
+    """native_sparse_attention with its own selection, or with that of the definition."""
     cu_q, cu_k = s.cu(device)
     cu_cmp = s.cu_cmp(device)
     like = {"dtype": dtype, "device": device}
@@ -268,8 +268,11 @@ def nsa_case(s, dtype, device="cpu", seed=0):
         *convert(inputs, torch.float64), *s.cu(), s.cu_cmp(), **options, **theirs
     )[1]
 
+    given = topk_idx.to(device) if brings_selection else None
+
     def ours(*tensors):
-        return (fsattn.native_sparse_attention(*tensors, cu_q, cu_k, cu_cmp, **options, **mine),)
+        cus = (cu_q, cu_k, cu_cmp)
+        return (fsattn.native_sparse_attention(*tensors, *cus, topk_idx=given, **options, **mine),)
 
     def ref(*tensors):
         return reference.native_sparse_attention(

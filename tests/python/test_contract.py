@@ -3,7 +3,8 @@
 Promise                               Test
 ------------------------------------  ------------------------------------------------------------
 Exact selection                       test_properties: test_arbitrary_block_ids, test_random_shapes
-Safe softmax, finite where exact is   test_finite_*; test_checklist: test_6_*;
+Safe softmax, finite where exact is   test_finite_*, test_gradients_of_huge_logits_are_finite;
+                                      test_cuda_edges: test_logits_*; test_checklist: test_6_*;
                                       test_properties: test_random_large_logits
 fp16 partials are not rounded to bf16 test_fp16_keeps_its_precision
 Error at most twice PyTorch's         test_operators: test_against_definition, test_compress_kinds
@@ -27,6 +28,30 @@ torch.utils.checkpoint                test_checkpoint, test_torch_integration
 Bad input: type, name, rule, value    test_bad_calls
 Which kernel ran can be asked         test_explain_*, test_log_plan
 Published modules and checkpoints     test_module, test_module_golden
+Published configurations              test_configurations
+
+Rule of the operators                 Test
+------------------------------------  ------------------------------------------------------------
+Head dims, groups, blocks, topk       test_operators: test_head_dims, test_group_sizes,
+                                      test_block_sizes, test_topk_limits
+Positions, q_offset                   test_operators: test_prefix_cache, test_query_offset,
+                                      test_more_queries_than_keys
+Sequences of 0 and 1, any batch       test_operators: LENGTHS; test_large_batch_of_tiny_sequences;
+                                      test_torch_integration: test_empty
+More than 2^31 elements               test_cuda_scale; test_checklist: test_8_*
+A row that sees no key                test_selected_attention: test_empty_rows;
+                                      test_checklist: test_2_*
+Compression, rows behind the last     test_operators: test_compress_kinds; test_checklist: test_1_*
+Selection: weights, ties, forced      test_checklist: test_3_*, test_4_*; test_select_blocks
+A row of topk_idx is a set            test_selected_attention
+The block index                       test_select_blocks: test_block_index*;
+                                      test_selected_attention: test_block_index_passed_in
+A window of w + 1 keys                test_checklist: test_7_*
+Gates                                 test_operators: test_against_definition; test_torch_integration
+The paged cache                       test_paged*; test_checklist: test_10_*
+Gradients: subsets, layouts, twice    test_operators: test_partial_gradients;
+                                      test_torch_integration: test_gradients_arrive_in_any_layout,
+                                      test_backward_twice
 """
 
 import math

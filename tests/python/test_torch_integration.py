@@ -7,7 +7,14 @@ import pytest
 import torch
 from cases import OPERATORS, Shape
 from paged_support import PAGED_OPERATORS
-from support import assert_same_bits, cu_seqlens, device_types, randn, random_topk_idx
+from support import (
+    DEVICES,
+    assert_same_bits,
+    cu_seqlens,
+    device_types,
+    randn,
+    random_topk_idx,
+)
 from torch.utils.checkpoint import checkpoint
 
 import fsattn
@@ -272,11 +279,12 @@ def _layouts(dout):
     return {"transposed": flipped, "misaligned slice": slice_}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", OPERATORS)
-def test_gradients_arrive_in_any_layout(op):
+def test_gradients_arrive_in_any_layout(op, device):
     """Autograd chooses the strides of dO: every layout gives the same bits."""
-    built = OPERATORS[op](TINY, torch.bfloat16)
-    douts = built.douts(torch.bfloat16, "cpu")
+    built = OPERATORS[op](TINY, torch.bfloat16, device)
+    douts = built.douts(torch.bfloat16, device)
     _, want = built.found(douts)
     for layout in ("transposed", "misaligned slice"):
         _, found = built.found([_layouts(d)[layout] for d in douts])
@@ -286,6 +294,20 @@ def test_gradients_arrive_in_any_layout(op):
     _, expanded = built.found([d.new_ones(()).expand(d.shape) for d in douts])
     for name, a, b in zip(built.names, expanded, ones, strict=True):
         assert_same_bits(f"d{name} of an expanded gradient", a, b)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_backward_twice(op, device):
+    """What the forward saved survives a backward: the second one gives the same bits."""
+    built = OPERATORS[op](TINY, torch.bfloat16, device)
+    leaves = [x.detach().requires_grad_() for x in built.inputs]
+    outs, douts = built.ours(*leaves), built.douts(torch.bfloat16, device)
+    first = torch.autograd.grad(outs, leaves, douts, retain_graph=True)
+    for name, a, b in zip(
+        built.names, first, torch.autograd.grad(outs, leaves, douts), strict=True
+    ):
+        assert_same_bits(f"d{name}", a, b)
 
 
 @pytest.mark.parametrize(("device", "dtype"), device_types([torch.float32]))
