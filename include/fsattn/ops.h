@@ -176,8 +176,9 @@ struct NativeSparseAttentionFwd {
   TensorView o_cmp, o_sel, o_win, lse_cmp, lse_sel, lse_win;  // out; backward reads them
 };
 
-// Everything but the gradients is as the forward call had it. The workspace holds the gradients of
-// the three branches, [total_q, Hq, Dv] each, beside the scratch memory of the steps.
+// Everything but the gradients is as the forward call had it. Beside the scratch memory of the steps the
+// workspace holds the gradients of the three branches, [total_q, Hq, Dv] each; for gates of logits on CUDA
+// two numbers a row instead.
 struct NativeSparseAttentionBwd {
   TensorView dout;
   TensorView q, k, v, k_cmp, v_cmp, gates;
