@@ -57,11 +57,14 @@ TEST(softmax_scale) {
   using Fwd = WindowAttentionFwd;
   const double inf = std::numeric_limits<double>::infinity();
   const char* rule = "softmax_scale: must be finite and positive, or 0 for head_dim^-0.5, found ";
+  const char* limits = "softmax_scale: must be between 1e-37 and 1e+38, found 1e";
   EXPECT_RULES(Fwd, window_fwd,
                {
-                   {kValue, rule, [](Fwd& c,  Calls&) { c.softmax_scale = -0.5; }        },
-                   {kValue, rule, [=](Fwd& c, Calls&) { c.softmax_scale = inf; }         },
-                   {kValue, rule, [](Fwd& c,  Calls&) { c.softmax_scale = std::nan(""); }},
+                   {kValue, rule,   [](Fwd& c,  Calls&) { c.softmax_scale = -0.5; }        },
+                   {kValue, rule,   [=](Fwd& c, Calls&) { c.softmax_scale = inf; }         },
+                   {kValue, rule,   [](Fwd& c,  Calls&) { c.softmax_scale = std::nan(""); }},
+                   {kValue, limits, [](Fwd& c,  Calls&) { c.softmax_scale = 1e39; }        },
+                   {kValue, limits, [](Fwd& c,  Calls&) { c.softmax_scale = 1e-38; }       },
   });
   Calls calls;
   Fwd call = calls.window_fwd();
