@@ -252,7 +252,7 @@ def test_6_first_token_without_block_zero(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("window", [0, 1, 15, 16, 31, 512])
+@pytest.mark.parametrize("window", [0, 1, 15, 16, 31, 512, 2**31 - 1])
 def test_7_window_has_w_plus_one_keys(window, device):
     """With equal keys exp(lse) counts the keys: min(t, w) + 1."""
     length = 70

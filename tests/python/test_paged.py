@@ -63,6 +63,7 @@ def test_ragged_batch(kind, rope, device, dtype):
         {"kernel_size": 64, "kernel_stride": 16, "block_size": 64, "rope": True, "raw_size": 64},
         {"page_size": 16, "block_size": 16, "rope": True},
         {"init_blocks": 0, "local_blocks": 0, "topk": 1},
+        {"window_size": 2**31 - 1},
     ],
     ids=str,
 )
