@@ -199,10 +199,11 @@ def _poison_free_memory():
 
 
 @TYPES
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("op", CALLS)
-def test_every_element_is_written(op, dtype):
+def test_every_element_is_written(op, dim, dtype):
     """Outputs and workspace come from memory full of NaN; the results do not change."""
-    sizes = Sizes([500, 1, 77, 0, 300], dtype=dtype)
+    sizes = Sizes([500, 1, 77, 0, 300], dim=dim, dtype=dtype)
     call = CALLS[op](sizes, 2)
     douts = None
     if not call.is_ranking:

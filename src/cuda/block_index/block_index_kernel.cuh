@@ -407,8 +407,8 @@ void launch_block_index(const BlockIndexParams& params, Stream stream) {
                 block_index_workspace(params.num_heads_kv, packing.total_q, num_slots));
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const auto heads = static_cast<unsigned>(params.num_heads_kv);
-  if (heads == 0 || num_slots == 0) return;
-  if (packing.total_q == 0) {
+  if (heads == 0) return;
+  if (packing.total_q == 0 || num_slots == 0) {
     const size_t bytes = heads * static_cast<size_t>(num_slots + 1) * sizeof(int32_t);
     FSATTN_CUDA_CHECK(cudaMemsetAsync(mask.index.start, 0, bytes, cuda_stream));
     return;

@@ -193,6 +193,7 @@ __device__ __forceinline__ void rank_blocks(const SelectMemory& memory, int firs
       winners[i] = __ballot_sync(kFullMask, key[i] > *memory.threshold(first_row + i));
     }
   }
+  __syncwarp();  // all lanes have read the counts, which one of them changes
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     if (winners[i] == 0) continue;

@@ -96,7 +96,9 @@ __device__ SelectWork find_select_work(const SelectBlocksParams& p, const Band& 
   const int64_t seqlen_k =
       is_sequence ? int64_t{__ldg(p.packing.cu_k + tile.seq + 1)} - __ldg(p.packing.cu_k + tile.seq)
                   : 0;
-  work.num_blocks = ceil_div(static_cast<int>(min(max(seqlen_k, int64_t{0}), int64_t{1} << 30)),
+  // A wrong length may not keep the CTA busy for long.
+  const int64_t longest = min(p.packing.max_k, int64_t{1} << 30);
+  work.num_blocks = ceil_div(static_cast<int>(min(max(seqlen_k, int64_t{0}), longest)),
                              static_cast<int>(p.block_size));
   work.last_key = min(band.last_key(work.position + work.num_queries - 1), work.num_keys - 1);
   work.full_last = min(band.last_key(work.position), work.num_keys - 1);
