@@ -94,6 +94,13 @@ struct PagedScatterParams {
   int64_t kernel_stride;
 };
 
+// What a gather brings. The tokens can come later, on another stream.
+enum class GatherPart {
+  kAll,
+  kCompressed,  // lengths and compressed tokens
+  kTokens,      // the rest, from the lengths
+};
+
 // Pages -> packed tensors of all tokens, the new ones included: the input of the operators over packed
 // sequences. Lengths are clamped to 0 .. max_k; the compressed ones follow from them. cmp.k.data is
 // null when there is no compressed cache; k_cmp, v_cmp and cu_cmp are unused then.
@@ -108,6 +115,7 @@ struct PagedGatherParams {
   int32_t* cu_k;      // [batch + 1]
   int32_t* cu_cmp;    // [batch + 1]
   int32_t* q_offset;  // [batch]: cache_seqlens, 0 for negative ones
+  GatherPart part = GatherPart::kAll;  // on the CPU always all
 };
 
 // PagedWrite, compression and PagedScatter in one, for few new tokens a sequence.

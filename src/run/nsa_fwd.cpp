@@ -6,11 +6,22 @@ namespace fsattn {
 
 void run_nsa_fwd(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
                  Stream stream) {
+  run_nsa_fwd_compressed(plan, params, workspace, stream);
+  run_nsa_fwd_tokens(plan, params, workspace, stream);
+}
+
+void run_nsa_fwd_compressed(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
+                            Stream stream) {
   const Scratch scratch = scratch_in(workspace, plan.scratch);
   run_step(plan.compressed, params.compressed, scratch, stream);  // q, k_cmp, v_cmp -> o_cmp, lse
   if (plan.has_select) {
     run_step(plan.select, params.select, scratch, stream);  // q, k_cmp, lse -> topk_idx
   }
+}
+
+void run_nsa_fwd_tokens(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
+                        Stream stream) {
+  const Scratch scratch = scratch_in(workspace, plan.scratch);
   run_step(plan.window, params.window, scratch, stream);  // q, k, v -> o_win
   SelectedAttnFwdParams selected = params.selected;
   if (plan.merges_gate) selected.gate = params.gate;

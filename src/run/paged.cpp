@@ -198,9 +198,22 @@ void run_paged_attn(const PagedAttnPlan& plan, const PagedAttnParams& params, vo
   gather.cmp = p.cmp;
   gather.kernel_size = p.kernel_size;
   gather.kernel_stride = p.kernel_stride;
+  const NsaFwdParams steps = step_params(plan, p, gather, workspace);
+  void* const scratch = data_in(workspace, plan.scratch);
+  if (backend.fork_stream == nullptr) {
+    backend.paged_gather(plan.kernel.row, gather, stream);
+    run_nsa_fwd(plan.steps, steps, scratch, stream);
+    return;
+  }
+  // Copies use memory where the products of the compressed branch leave it alone.
+  gather.part = GatherPart::kCompressed;
   backend.paged_gather(plan.kernel.row, gather, stream);
-  run_nsa_fwd(plan.steps, step_params(plan, p, gather, workspace), data_in(workspace, plan.scratch),
-              stream);
+  const Stream side = backend.fork_stream(stream);
+  gather.part = GatherPart::kTokens;
+  backend.paged_gather(plan.kernel.row, gather, side);
+  run_nsa_fwd_compressed(plan.steps, steps, scratch, stream);
+  backend.join_stream(side, stream);
+  run_nsa_fwd_tokens(plan.steps, steps, scratch, stream);
 }
 
 void run_paged_selected(const PagedSelectedPlan& plan, const PagedSelectedParams& params,

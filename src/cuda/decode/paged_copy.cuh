@@ -243,7 +243,9 @@ template <PagedCopyConfig kConfig>
 void launch_paged_gather(const PagedGatherParams& p, Stream stream) {
   using Element = device::ElementOf<kConfig.dtype>;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  paged_lengths_kernel<kPagedThreads><<<1, kPagedThreads, 0, cuda_stream>>>(p);
+  if (p.part != GatherPart::kTokens) {
+    paged_lengths_kernel<kPagedThreads><<<1, kPagedThreads, 0, cuda_stream>>>(p);
+  }
   const auto gather = [&](const PagedKvView& view, const int32_t* cu, int64_t max_rows,
                           const Rows& k, const Rows& v) {
     const int64_t tiles = ceil_div(max_rows, int64_t{kGatherTokens});
@@ -252,8 +254,8 @@ void launch_paged_gather(const PagedGatherParams& p, Stream stream) {
         <<<static_cast<unsigned>(tiles * p.packing.batch), kPagedThreads, 0, cuda_stream>>>(
             view, cu, p.shape, k, v, static_cast<int>(tiles));
   };
-  gather(p.cache, p.cu_k, p.packing.max_k, p.k, p.v);
-  if (p.cmp.k.data != nullptr) {
+  if (p.part != GatherPart::kCompressed) gather(p.cache, p.cu_k, p.packing.max_k, p.k, p.v);
+  if (p.part != GatherPart::kTokens && p.cmp.k.data != nullptr) {
     gather(p.cmp, p.cu_cmp, num_windows(p.packing.max_k, p.kernel_size, p.kernel_stride), p.k_cmp,
            p.v_cmp);
   }
