@@ -173,7 +173,8 @@ struct NativeSparseAttentionFwd {
   size_t workspace_cap = size_t{1} << 30;
   TensorView topk_idx;                                        // out, or in
   TensorView o;                                               // out
-  TensorView o_cmp, o_sel, o_win, lse_cmp, lse_sel, lse_win;  // out; backward reads them
+  // out; backward reads them. Without a backward o_sel may be left out: o holds it until the gate.
+  TensorView o_cmp, o_sel, o_win, lse_cmp, lse_sel, lse_win;
 };
 
 // Everything but the gradients is as the forward call had it. Beside the scratch memory of the steps the

@@ -24,13 +24,16 @@ void fill_inputs(Call& call, const NativeInputs& in) {
 
 }  // namespace
 
-Tensor8 native_sparse_attention_fwd(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cmp, const Tensor& v_cmp,
-    const Tensor& gates, const OptionalTensor& topk_idx, const Tensor& cu_q, const Tensor& cu_k,
-    const Tensor& cu_cmp, const OptionalTensor& q_offset, int64_t max_q, int64_t max_k,
-    int64_t kernel_size, int64_t kernel_stride, int64_t block_size, int64_t topk,
-    int64_t init_blocks, int64_t local_blocks, int64_t window_size, double softmax_scale,
-    int64_t group_reduce, int64_t score_dtype, int64_t activation, int64_t workspace_cap) {
+Tensor8 native_sparse_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const Tensor& k_cmp, const Tensor& v_cmp, const Tensor& gates,
+                                    const OptionalTensor& topk_idx, const Tensor& cu_q,
+                                    const Tensor& cu_k, const Tensor& cu_cmp,
+                                    const OptionalTensor& q_offset, int64_t max_q, int64_t max_k,
+                                    int64_t kernel_size, int64_t kernel_stride, int64_t block_size,
+                                    int64_t topk, int64_t init_blocks, int64_t local_blocks,
+                                    int64_t window_size, double softmax_scale, int64_t group_reduce,
+                                    int64_t score_dtype, int64_t activation, int64_t workspace_cap,
+                                    bool keep_o_sel) {
   NativeSparseAttentionFwd call;
   fill_inputs(call, {q, k, v, k_cmp, v_cmp, gates});
   call.seq = sequences(cu_q, cu_k, q_offset, max_q, max_k);
@@ -49,12 +52,12 @@ Tensor8 native_sparse_attention_fwd(
                               : allocate({size(call.k, 1), size(call.q, 0), row}, DType::kInt32, q);
   call.topk_idx = index_view("topk_idx", topk_idx ? *topk_idx : selection);
   auto [o_cmp, lse_cmp] = allocate_attention(call.q, call.v, q);
-  auto [o_sel, lse_sel] = allocate_attention(call.q, call.v, q);
+  auto [o_sel, lse_sel] = allocate_attention(call.q, call.v, q, keep_o_sel);
   auto [o_win, lse_win] = allocate_attention(call.q, call.v, q);
   Tensor o = allocate_like(o_cmp);
   call.o = view("o", o);
   call.o_cmp = view("o_cmp", o_cmp);
-  call.o_sel = view("o_sel", o_sel);
+  if (keep_o_sel) call.o_sel = view("o_sel", o_sel);
   call.o_win = view("o_win", o_win);
   call.lse_cmp = view("lse_cmp", lse_cmp);
   call.lse_sel = view("lse_sel", lse_sel);

@@ -32,9 +32,11 @@ inline Sequences sequences(const Tensor& cu_q, const Tensor& cu_k, const Optiona
           index_view("q_offset", q_offset), max_q, max_k};
 }
 
-// o [total_q, Hq, Dv] and lse [Hq, total_q] of an attention branch.
-inline Tensor2 allocate_attention(const TensorView& q, const TensorView& v, const Tensor& like) {
-  return {allocate({size(q, 0), size(q, 1), size(v, 2)}, q.dtype, like),
+// o [total_q, Hq, Dv], or nothing, and lse [Hq, total_q] of an attention branch.
+inline Tensor2 allocate_attention(const TensorView& q, const TensorView& v, const Tensor& like,
+                                  bool has_o = true) {
+  return {has_o ? allocate({size(q, 0), size(q, 1), size(v, 2)}, q.dtype, like)
+                : allocate({0}, q.dtype, like),
           allocate({size(q, 1), size(q, 0)}, stats_dtype(q.dtype), like)};
 }
 
@@ -108,7 +110,8 @@ Tensor8 native_sparse_attention_fwd(const Tensor& q, const Tensor& k, const Tens
                                     int64_t kernel_size, int64_t kernel_stride, int64_t block_size,
                                     int64_t topk, int64_t init_blocks, int64_t local_blocks,
                                     int64_t window_size, double softmax_scale, int64_t group_reduce,
-                                    int64_t score_dtype, int64_t activation, int64_t workspace_cap);
+                                    int64_t score_dtype, int64_t activation, int64_t workspace_cap,
+                                    bool keep_o_sel);
 Tensor6 native_sparse_attention_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cmp,
     const Tensor& v_cmp, const Tensor& gates, const Tensor& topk_idx, const Tensor& o_cmp,

@@ -90,10 +90,10 @@ def _setup_native_sparse_attention(ctx, inputs, output):
     if inputs[6] is not None:
         topk_idx = inputs[6]
     max_q, max_k, kernel_size, kernel_stride, block_size, topk, *more = inputs[_NSA_TENSORS:]
-    _init, _local, window_size, softmax_scale, _reduce, _score, activation, workspace_cap = more
+    _init, _local, window_size, softmax_scale, _reduce, _score, activation, cap, *_ = more
     tensors = (*inputs[:6], topk_idx, *branches, *inputs[7:_NSA_TENSORS])
     options = (max_q, max_k, kernel_size, kernel_stride, block_size, topk)
-    _save(ctx, tensors, (*options, window_size, softmax_scale, activation, workspace_cap))
+    _save(ctx, tensors, (*options, window_size, softmax_scale, activation, cap))
     ctx.num_inputs = len(inputs)
 
 

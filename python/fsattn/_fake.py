@@ -108,8 +108,11 @@ def _native_sparse_attention_fwd(
     else:
         selection = _int32(q, 0)  # the caller has it already
     branches = [_attention(q, v) for _ in range(3)]
-    o = _like(branches[0][0])
-    return o, selection, *(b[0] for b in branches), *(b[1] for b in branches)
+    o, outputs = _like(branches[0][0]), [b[0] for b in branches]
+    keeps_o_sel = len(options) < 9 or options[8]
+    if not keeps_o_sel:
+        outputs[1] = o.new_empty((0,))
+    return o, selection, *outputs, *(b[1] for b in branches)
 
 
 def _native_sparse_attention_bwd(dout, q, k, v, k_cmp, v_cmp, gates, *options):

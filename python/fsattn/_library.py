@@ -88,10 +88,11 @@ def register_function(
     _functions[operator] = function
 
 
-def _wants_gradient(args: tuple) -> bool:
-    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return False
-    return any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+def wants_gradient(args: tuple) -> bool:
+    """Whether a call of these arguments is differentiated, so far as autograd alone decides."""
+    return torch.is_grad_enabled() and any(
+        isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
+    )
 
 
 def call(operator: torch._ops.OpOverload, *args: Any) -> Any:
@@ -102,8 +103,10 @@ def call(operator: torch._ops.OpOverload, *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return operator(*args)
-    function = _functions.get(operator)
-    run = function.apply if function and _wants_gradient(args) else operator
+    function = None
+    if wants_gradient(args) and not torch._C._are_functorch_transforms_active():
+        function = _functions.get(operator)
+    run = operator if function is None else function.apply
     try:
         return run(*args)
     except (RuntimeError, ValueError) as error:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _arguments as arguments
-from ._library import call
+from ._library import call, wants_gradient
 
 _ops = torch.ops.fsattn
 
@@ -82,6 +82,7 @@ def native_sparse_attention(
         arguments.check_same_layout("q", q, topk_idx=topk_idx)
         given = arguments.fold_heads_first(topk_idx, seq.batch)
         topk = topk_idx.shape[-1]
+    keeps_o_sel = wants_gradient((q, k, v, k_cmp, v_cmp, gates))
     o, selection, *branches = call(
         _ops.native_sparse_attention_fwd.default,
         *(arguments.fold(x) for x in (q, k, v, k_cmp, v_cmp)),
@@ -89,6 +90,7 @@ def native_sparse_attention(
         *(seq.cu_q, seq.cu_k, cu_cmp, seq.q_offset, seq.max_q, seq.max_k),
         *(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window_size),
         *(arguments.resolve_scale(softmax_scale), *codes, arguments.resolve_cap(workspace_cap)),
+        keeps_o_sel,
     )
     results = [arguments.unfold(o, seq.batch)]
     if return_topk_idx:

@@ -184,8 +184,12 @@ Checked<NsaFwdProblem, NsaFwdParams> validate(const NativeSparseAttentionFwd& ca
                                          {call.o_cmp, call.lse_cmp, "o_cmp", "lse_cmp"});
   params.compressed.mask = in.compressed;
   params.select.lse = params.compressed.attn.lse;
+  // Every element of o is written by who has read that of o_sel.
+  const bool keeps_o_sel = call.o_sel.defined();
+  const char* o_sel_name = keeps_o_sel ? "o_sel" : "o";
   params.selected.attn =
-      check_forward(args, in.rows, in.packing, {call.o_sel, call.lse_sel, "o_sel", "lse_sel"});
+      check_forward(args, in.rows, in.packing,
+                    {keeps_o_sel ? call.o_sel : call.o, call.lse_sel, o_sel_name, "lse_sel"});
   params.selected.mask = selected;
   params.selected.workspace_cap = call.workspace_cap;
   params.window.attn =
@@ -197,7 +201,9 @@ Checked<NsaFwdProblem, NsaFwdParams> validate(const NativeSparseAttentionFwd& ca
                  params.selected.attn.o,
                  params.window.attn.o,
                  in.gates,
-                 args.output_rows("o", call.o, {gate.total, gate.num_heads, gate.head_dim})};
+                 keeps_o_sel
+                     ? args.output_rows("o", call.o, {gate.total, gate.num_heads, gate.head_dim})
+                     : params.selected.attn.o};
   args.check_aliasing();
 
   const BranchProblems branches =

@@ -176,6 +176,15 @@ def test_the_whole_operator_in_a_graph():
     assert_same_results("eager again", _gradients(_whole, inputs, dout), want)
 
 
+def test_the_whole_operator_without_gradients():
+    """Nobody reads o_sel then, and o takes its place: the same bits."""
+    inputs = _whole_inputs()
+    with torch.no_grad():
+        found = _whole(*inputs)
+    inputs[0].requires_grad_()
+    assert_same_bits("o", found, _whole(*inputs).detach())
+
+
 def test_logits_and_ready_gates_have_the_same_gradients():
     """Gates of logits become a factor of P in the backward, ready ones of the output gradients."""
     inputs, dout = _whole_inputs(), device_randn(2, 300, 4, 64, seed=9)

@@ -323,6 +323,12 @@ TEST(native_sparse_attention_is_the_composition) {
   own.o_win = like(calls, call.o);
   run_call(calls, own);
   expect_close("o with a given selection", own.o, call.o);
+
+  auto without = own;
+  without.o = like(calls, call.o);
+  without.o_sel = TensorView{};
+  run_call(calls, without);
+  expect_close("o without o_sel", without.o, call.o);
 }
 
 // dq, dk, dv are sums over branches: each branch alone, with the gradient that its gate passes on.
