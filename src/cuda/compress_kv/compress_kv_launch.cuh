@@ -126,8 +126,9 @@ void pool_bwd(const CompressKvBwdParams& p, const CompressKvArrays& s, cudaStrea
   if (!is_plain_mean) {
     window_weights_kernel<Element><<<heads, kWarpSize, 0, stream>>>(shape, p.weight, s.weight);
   }
-  const int64_t vectors = shape.total * shape.num_heads * (shape.head_dim / kVector);
-  if (vectors > 0) {
+  const int64_t strides = num_tile_slots(shape.total, shape.batch, shape.kernel_stride);
+  const int64_t vectors = strides * shape.num_heads * (shape.head_dim / kVector);
+  if (shape.total > 0) {
     pool_dx_kernel<Element><<<compress_ctas(vectors), kCompressThreads, 0, stream>>>(
         p, PoolDivisors(shape), is_plain_mean ? nullptr : s.weight);
   }

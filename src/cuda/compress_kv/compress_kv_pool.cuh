@@ -19,6 +19,7 @@
 #include "cuda/device/fast_div.cuh"
 #include "cuda/device/math.cuh"
 #include "cuda/device/packing.cuh"
+#include "cuda/device/sequence_tile.cuh"
 #include "cuda/device/vector.cuh"
 
 namespace fsattn::device {
@@ -213,33 +214,59 @@ __global__ void __launch_bounds__(kCompressThreads)
   y.store(row_pointer<Element>(p.x_cmp, at.row, at.head, at.column));
 }
 
-// w is null for a mean.
+// The windows that cover the tokens of a stride: `last` - l / d + 1 to `last`, clipped.
+struct CoveringWindows {
+  int64_t row;  // of window 0 in dx_cmp
+  int first, last;
+};
+
+// dx of token t of a stride: the sum over the windows that cover it. w is null for a mean.
+template <class Element>
+__device__ __forceinline__ Vector8<Element> sum_gradients(const CompressKvBwdParams& p,
+                                                          const VectorPlace& at,
+                                                          const CoveringWindows& windows,
+                                                          int stride_index, int t, const float* w) {
+  const int l = static_cast<int>(p.shape.kernel_size), d = static_cast<int>(p.shape.kernel_stride);
+  const float mean = 1.f / static_cast<float>(l);
+  Vector8<Element> dx;
+  for (int i = windows.first; i <= windows.last; ++i) {
+    const Element* dy = row_pointer<Element>(p.dx_cmp, windows.row + i, at.head, at.column);
+    dx.add_scaled(w == nullptr ? mean : __ldg(w + at.head * l + (stride_index - i) * d + t),
+                  Vector8<Element>::load(dy));
+  }
+  return dx;
+}
+
+// Place `row` of a thread is a stride of d tokens of a sequence, all of which the same windows cover.
+// Tokens behind the last sequence get a zero gradient.
 template <class Element>
 __global__ void __launch_bounds__(kCompressThreads)
     pool_dx_kernel(const __grid_constant__ CompressKvBwdParams p,
                    const __grid_constant__ PoolDivisors divisors, const float* w) {
   const CompressKvShape& shape = p.shape;
   const VectorPlace at = divisors.place();
-  if (at.row >= shape.total) return;
-  // A token behind the last sequence gets a zero gradient.
-  const int seq =
-      find_sequence(p.cu_seqlens, static_cast<int>(shape.batch), static_cast<int>(at.row));
-  Vector8<Element> dx;
-  if (seq < shape.batch) {
-    const int l = static_cast<int>(shape.kernel_size), d = static_cast<int>(shape.kernel_stride);
-    const float mean = 1.f / static_cast<float>(l);
-    const int j = static_cast<int>(at.row) - __ldg(p.cu_seqlens + seq);
-    const int first_row = __ldg(p.cu_seqlens_cmp + seq);
-    const int windows = __ldg(p.cu_seqlens_cmp + seq + 1) - first_row;
-    const int last = min(divisors.stride.quotient(j), windows - 1);
-    for (int i = j < l ? 0 : divisors.stride.quotient(j - l) + 1; i <= last; ++i) {
-      const Element* dy =
-          row_pointer<Element>(p.dx_cmp, int64_t{first_row} + i, at.head, at.column);
-      dx.add_scaled(w == nullptr ? mean : __ldg(w + at.head * l + j - i * d),
-                    Vector8<Element>::load(dy));
-    }
+  const int batch = static_cast<int>(shape.batch), d = static_cast<int>(shape.kernel_stride);
+  const int64_t slots = num_tile_slots(shape.total, shape.batch, d);
+  if (at.row >= slots) return;
+  const TileSlot tile = find_tile(p.cu_seqlens, batch, static_cast<int>(at.row), d);
+  const RowRange tokens = rows_of(p.cu_seqlens, batch, tile.seq, static_cast<int>(shape.total));
+  const int count = min(d, tokens.count - tile.first);
+  const int stride_index = divisors.stride.quotient(tile.first);
+  CoveringWindows windows{0, 0, -1};
+  if (tile.seq < batch) {
+    windows.row = __ldg(p.cu_seqlens_cmp + tile.seq);
+    const int num = __ldg(p.cu_seqlens_cmp + tile.seq + 1) - static_cast<int>(windows.row);
+    windows.first = max(stride_index - static_cast<int>(shape.kernel_size) / d + 1, 0);
+    windows.last = min(stride_index, num - 1);
   }
-  dx.store(row_pointer<Element>(p.dx, at.row, at.head, at.column));
+  Vector8<Element> dx;
+  for (int t = 0; t < count; ++t) {
+    if (w != nullptr || t == 0) {
+      dx = sum_gradients<Element>(p, at, windows, stride_index, t, w);
+    }
+    dx.store(
+        row_pointer<Element>(p.dx, int64_t{tokens.begin} + tile.first + t, at.head, at.column));
+  }
 }
 
 // partial[chunk, head, t] = sum over the chunk's rows i of <dy[i], x[i*d + t] + pos_emb[t]>.
