@@ -78,10 +78,18 @@ constexpr int find_dense_attn_row(Pass pass, Arch arch, int64_t smem_per_cta, DT
                                                   head_dim, head_dim_v);
 }
 
+// The wgmma rows compute all gradients in one kernel, whose CTAs take turns in adding to the dQ of so
+// many queries.
+inline constexpr int kTurnQueries = 64;
+
+constexpr bool has_fused_bwd(Arch arch) { return arch == Arch::kSm90a; }
+
 // The dK, dV loop of compressed attention visits every later query of every head of the group, and
-// there are few compressed keys: the heads of a group are shared out over this many CTAs. It
-// depends on the group alone, so that a sequence gets the same bits whatever is batched with it.
-constexpr int64_t compressed_attn_bwd_splits(int64_t group_size) {
+// there are few compressed keys: the heads of a group are shared out over this many CTAs. Those that
+// take turns have one head each: with several, they would wait for each other. It depends on the group
+// alone, so that a sequence gets the same bits whatever is batched with it.
+constexpr int64_t compressed_attn_bwd_splits(Arch arch, int64_t group_size) {
+  if (has_fused_bwd(arch)) return group_size;
   return ceil_div(group_size, ceil_div(group_size, int64_t{8}));
 }
 
@@ -96,16 +104,6 @@ struct DenseAttnBwdScratch {
   int64_t bytes;
 };
 
-// The wgmma rows compute all gradients in one kernel, whose CTAs take turns in adding to the dQ of so
-// many queries. In compressed attention CTAs with several heads would wait for each other: there two
-// kernels do the work.
-inline constexpr int kTurnQueries = 64;
-
-constexpr bool has_fused_bwd(Op op, Arch arch, int64_t group_size) {
-  if (arch != Arch::kSm90a) return false;
-  return op == Op::kWindowAttn || group_size <= 8;  // one head a CTA: compressed_attn_bwd_splits()
-}
-
 // The sums of dQ of such a kernel, in bytes, and its turns.
 constexpr int64_t dense_dq_sums_bytes(int64_t total_q, int64_t num_heads_q) {
   return num_heads_q * total_q * 128 * 4;
@@ -114,14 +112,14 @@ constexpr int64_t dense_num_turns(int64_t batch, int64_t total_q, int64_t num_he
   return 1 + (total_q / kTurnQueries + batch + 1) * num_heads_q;
 }
 
-// delta is fp32 [Hq, total_q]. `key_rows` is 0 where nothing is split. `has_dq_sums`: of a fused kernel
-// that does not share them.
-constexpr DenseAttnBwdScratch dense_attn_bwd_scratch(bool has_dq_sums, int64_t batch,
+// delta is fp32 [Hq, total_q]. `key_rows` is 0 where nothing is split. `shares_dq`: the sums of dQ and the
+// turns are not part of it.
+constexpr DenseAttnBwdScratch dense_attn_bwd_scratch(Arch arch, bool shares_dq, int64_t batch,
                                                      int64_t total_q, int64_t num_heads_q,
                                                      int64_t num_heads_kv, int64_t key_rows,
                                                      int64_t head_dim, int64_t head_dim_v) {
   const int64_t splits =
-      num_heads_kv == 0 ? 1 : compressed_attn_bwd_splits(num_heads_q / num_heads_kv);
+      num_heads_kv == 0 ? 1 : compressed_attn_bwd_splits(arch, num_heads_q / num_heads_kv);
   const int64_t rows = splits > 1 ? splits * key_rows * num_heads_kv * 4 : 0;
   DenseAttnBwdScratch s{};
   s.key_rows = key_rows;
@@ -129,7 +127,7 @@ constexpr DenseAttnBwdScratch dense_attn_bwd_scratch(bool has_dq_sums, int64_t b
   s.partial_dv = s.partial_dk + round_up(rows * head_dim, int64_t{256});
   s.dq_sums = s.partial_dv + round_up(rows * head_dim_v, int64_t{256});
   s.turns = s.dq_sums;
-  if (has_dq_sums) {
+  if (has_fused_bwd(arch) && !shares_dq) {
     s.turns += dense_dq_sums_bytes(total_q, num_heads_q);
     s.num_turns = dense_num_turns(batch, total_q, num_heads_q);
   }
@@ -141,11 +139,10 @@ constexpr DenseAttnBwdScratch dense_attn_bwd_scratch(bool has_dq_sums, int64_t b
 constexpr size_t dense_attn_workspace(const Problem& p, Arch arch, bool shares_dq = false) {
   if (p.pass == Pass::kFwd) return 0;
   const int64_t key_rows = p.op == Op::kCompressedAttn ? p.total_k / p.kernel_stride : 0;
-  return static_cast<size_t>(
-      dense_attn_bwd_scratch(!shares_dq && has_fused_bwd(p.op, arch, p.group_size()), p.batch,
-                             p.total_q, p.num_heads_q, p.num_heads_kv, key_rows, p.head_dim,
-                             p.head_dim_v)
-          .bytes);
+  return static_cast<size_t>(dense_attn_bwd_scratch(arch, shares_dq, p.batch, p.total_q,
+                                                    p.num_heads_q, p.num_heads_kv, key_rows,
+                                                    p.head_dim, p.head_dim_v)
+                                 .bytes);
 }
 
 // Of bfloat16, with equal head dims.
@@ -161,8 +158,8 @@ static_assert(example_dense_attn_row(Pass::kBwd, Arch::kSm80, 163, 96) == 3);
 static_assert(example_dense_attn_row(Pass::kBwd, Arch::kSm80, 99, 96) == 4);
 static_assert(find_dense_attn_row(Pass::kBwd, Arch::kSm90a, 227 * 1024, DType::kFloat32, 64, 64) ==
               -1);
-static_assert(has_fused_bwd(Op::kCompressedAttn, Arch::kSm90a, 8));
-static_assert(!has_fused_bwd(Op::kCompressedAttn, Arch::kSm90a, 12));
-static_assert(compressed_attn_bwd_splits(1) == 1 && compressed_attn_bwd_splits(12) == 6);
+static_assert(compressed_attn_bwd_splits(Arch::kSm80, 1) == 1);
+static_assert(compressed_attn_bwd_splits(Arch::kSm80, 12) == 6);
+static_assert(compressed_attn_bwd_splits(Arch::kSm90a, 12) == 12);
 
 }  // namespace fsattn

@@ -91,9 +91,7 @@ NsaBwdPlan make_plan(const NsaBwdProblem& problem, const DeviceInfo& device) {
   plan.stats_cmp = layout.add(stats);
   plan.stats_sel = layout.add(stats);
   plan.stats_win = layout.add(stats);
-  const int64_t group = problem.compressed.group_size();
-  plan.shares_dq = has_fused_bwd(Op::kCompressedAttn, plan.compressed.arch, group) &&
-                   has_fused_bwd(Op::kWindowAttn, plan.window.arch, group);
+  plan.shares_dq = has_fused_bwd(plan.compressed.arch) && has_fused_bwd(plan.window.arch);
   if (plan.shares_dq) add_shared_dq(layout, plan, problem);
   plan.scratch =
       layout.add(largest_workspace({&plan.gate, &plan.compressed, &plan.selected, &plan.window}));

@@ -47,12 +47,12 @@ void launch_bwd(Op op, int row, const Params& params, int64_t split_rows, Stream
   const AttnShape& shape = attn.shape;
   const Arch arch = kDenseAttnBwdTable.at(static_cast<size_t>(row)).arch;
   const SharedDq& shared = attn.shared_dq;
-  const bool is_fused = has_fused_bwd(op, arch, shape.group_size()), is_shared = shared.sums;
-  FSATTN_ASSERT(is_fused || !is_shared);
+  const bool is_shared = shared.sums != nullptr;
+  FSATTN_ASSERT(has_fused_bwd(arch) || !is_shared);
   const Packing& packing = attn.packing;
-  const DenseAttnBwdScratch scratch = dense_attn_bwd_scratch(
-      is_fused && !is_shared, packing.batch, packing.total_q, shape.num_heads_q, shape.num_heads_kv,
-      split_rows, shape.head_dim, shape.head_dim_v);
+  const DenseAttnBwdScratch scratch =
+      dense_attn_bwd_scratch(arch, is_shared, packing.batch, packing.total_q, shape.num_heads_q,
+                             shape.num_heads_kv, split_rows, shape.head_dim, shape.head_dim_v);
   FSATTN_ASSERT(params.scratch.bytes >= static_cast<size_t>(scratch.bytes));
   auto* base = static_cast<std::byte*>(params.scratch.data);
   DenseBwdBuffers buffers{};
@@ -71,7 +71,7 @@ void launch_bwd(Op op, int row, const Params& params, int64_t split_rows, Stream
     buffers.prior_turns = shared.prior_turns;
   }
   buffers.splits =
-      split_rows == 0 ? 1 : static_cast<int>(compressed_attn_bwd_splits(shape.group_size()));
+      split_rows == 0 ? 1 : static_cast<int>(compressed_attn_bwd_splits(arch, shape.group_size()));
   buffers.partial_rows = static_cast<int>(split_rows);
   kBwdLaunchers.at(static_cast<size_t>(row))(attn, key_set(params.mask, attn.packing), buffers,
                                              stream);

@@ -1,10 +1,8 @@
 // The backward of compressed attention and window attention: delta, then dQ, then dK and dV, or all
-// three by one kernel, and the sum of the parts of dK and dV when the heads of a group were split.
+// three by one kernel on sm_90a, and the sum of the parts of dK and dV when the heads of a group were split.
 #pragma once
 #include "cuda/dense_attn/dense_attn_bwd_dkv_sm80.cuh"
-#include "cuda/dense_attn/dense_attn_bwd_dkv_sm90.cuh"
 #include "cuda/dense_attn/dense_attn_bwd_dq_sm80.cuh"
-#include "cuda/dense_attn/dense_attn_bwd_dq_sm90.cuh"
 #include "cuda/dense_attn/dense_attn_bwd_sm90.cuh"
 #include "cuda/dense_attn/dense_attn_delta.cuh"
 #include "cuda/dense_attn/dense_attn_reduce.cuh"
@@ -22,65 +20,37 @@ void launch_dense_attn_delta(const AttnBwdTensors& tensors, float* delta, cudaSt
 }
 
 template <DenseAttnConfig kConfig>
-auto dense_attn_dq_traits() {
-  if constexpr (kConfig.arch == Arch::kSm90a) {
-    return DenseDqSm90Traits<kConfig>{};
-  } else {
-    return DenseDqTraits<kConfig>{};
-  }
-}
-
-template <DenseAttnConfig kConfig>
-auto dense_attn_dkv_traits() {
-  if constexpr (kConfig.arch == Arch::kSm90a) {
-    return DenseDkvSm90Traits<kConfig>{};
-  } else {
-    return DenseDkvTraits<kConfig>{};
-  }
-}
-
-template <DenseAttnConfig kConfig>
 void launch_dense_attn_dq(const AttnBwdTensors& tensors, const device::KeySet& keys,
                           const float* delta, cudaStream_t stream) {
-  using Traits = decltype(dense_attn_dq_traits<kConfig>());
+  using Traits = DenseDqTraits<kConfig>;
   const Packing& packing = tensors.packing;
   const int64_t ctas = device::num_tile_slots(packing.total_q, packing.batch, Traits::kTileQ) *
                        tensors.shape.num_heads_q;
-  void (*kernel)(AttnBwdTensors, device::KeySet, const float*);
-  if constexpr (kConfig.arch == Arch::kSm90a) {
-    kernel = dense_attn_bwd_dq_sm90_kernel<Traits>;
-  } else {
-    kernel = dense_attn_bwd_dq_kernel<Traits>;
-  }
+  auto* kernel = dense_attn_bwd_dq_kernel<Traits>;
   allow_shared_memory(kernel, Traits::kSmemBytes);
   kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes, stream>>>(
       tensors, keys, delta);
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
 
-template <class Traits>
-void launch_key_tiles(void (*kernel)(AttnBwdTensors, device::KeySet, DenseBwdBuffers),
-                      const AttnBwdTensors& tensors, const device::KeySet& keys,
-                      const DenseBwdBuffers& buffers, cudaStream_t stream) {
+template <class Traits, class Kernel, class... Maps>
+void launch_key_tiles(Kernel* kernel, const AttnBwdTensors& tensors, const device::KeySet& keys,
+                      const DenseBwdBuffers& buffers, cudaStream_t stream, const Maps&... maps) {
   const int64_t ctas =
       device::num_tile_slots(keys.total_keys, tensors.packing.batch, Traits::kTileKv) *
       buffers.splits * tensors.shape.num_heads_kv;
   allow_shared_memory(kernel, Traits::kSmemBytes);
   kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes, stream>>>(
-      tensors, keys, buffers);
+      tensors, keys, buffers, maps...);
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
 
-template <DenseAttnConfig kConfig>
-void launch_dense_attn_dkv(const AttnBwdTensors& tensors, const device::KeySet& keys,
-                           const DenseBwdBuffers& buffers, cudaStream_t stream) {
-  using Traits = decltype(dense_attn_dkv_traits<kConfig>());
-  if constexpr (kConfig.arch == Arch::kSm90a) {
-    launch_key_tiles<Traits>(dense_attn_bwd_dkv_sm90_kernel<Traits>, tensors, keys, buffers,
-                             stream);
-  } else {
-    launch_key_tiles<Traits>(dense_attn_bwd_dkv_kernel<Traits>, tensors, keys, buffers, stream);
-  }
+// A map of Q or dO for the tiles of one kernel; unused where there are no rows.
+inline CUtensorMap make_query_map(const AttnBwdTensors& tensors, const Rows& rows, int64_t dim) {
+  const int64_t tokens = tensors.packing.total_q;
+  if (tokens == 0) return {};
+  return device::make_rows_map(rows, tensors.shape.dtype, tokens, tensors.shape.num_heads_q, dim,
+                               kTurnQueries);
 }
 
 // All gradients by one kernel, whose CTAs take turns in adding to dQ.
@@ -92,7 +62,10 @@ void launch_dense_attn_fused(const AttnBwdTensors& tensors, const device::KeySet
   FSATTN_CUDA_CHECK(cudaMemsetAsync(buffers.turns, 0,
                                     static_cast<size_t>(buffers.num_turns) * sizeof(int), stream));
   if (keys.total_keys > 0) {
-    launch_key_tiles<Traits>(dense_attn_bwd_sm90_kernel<Traits>, tensors, keys, buffers, stream);
+    const AttnShape& shape = tensors.shape;
+    launch_key_tiles<Traits>(dense_attn_bwd_sm90_kernel<Traits>, tensors, keys, buffers, stream,
+                             make_query_map(tensors, tensors.q, shape.head_dim),
+                             make_query_map(tensors, tensors.dout, shape.head_dim_v));
   }
   if (packing.total_q == 0 || buffers.leaves_dq) return;
   const int64_t ctas = device::num_tile_slots(packing.total_q, packing.batch, kTurnQueries) *
@@ -108,7 +81,10 @@ void launch_dense_attn_separate(const AttnBwdTensors& tensors, const device::Key
   if (tensors.packing.total_q > 0) {
     launch_dense_attn_dq<kConfig>(tensors, keys, buffers.delta, stream);
   }
-  if (keys.total_keys > 0) launch_dense_attn_dkv<kConfig>(tensors, keys, buffers, stream);
+  if (keys.total_keys > 0) {
+    using Traits = DenseDkvTraits<kConfig>;
+    launch_key_tiles<Traits>(dense_attn_bwd_dkv_kernel<Traits>, tensors, keys, buffers, stream);
+  }
 }
 
 template <class Element>
@@ -131,11 +107,7 @@ void launch_dense_attn_bwd(const AttnBwdTensors& tensors, const device::KeySet& 
     launch_dense_attn_delta<Element>(tensors, buffers.delta, stream);
   }
   if constexpr (kConfig.arch == Arch::kSm90a) {
-    if (buffers.num_turns > 0) {
-      launch_dense_attn_fused<kConfig>(tensors, keys, buffers, stream);
-    } else {
-      launch_dense_attn_separate<kConfig>(tensors, keys, buffers, stream);
-    }
+    launch_dense_attn_fused<kConfig>(tensors, keys, buffers, stream);
   } else {
     launch_dense_attn_separate<kConfig>(tensors, keys, buffers, stream);
   }

@@ -32,8 +32,15 @@ void launch_dense_attn_fwd(const AttnFwdTensors& tensors, const device::KeySet& 
     auto* kernel = dense_attn_fwd_sm90_kernel<Traits>;
     allow_shared_memory(kernel, Traits::kSmemBytes);
     const auto ctas = static_cast<unsigned>(std::min<int64_t>(tiles, num_sms));
-    kernel<<<ctas, Traits::kThreads, Traits::kSmemBytes, cuda_stream>>>(tensors, keys,
-                                                                        static_cast<int>(tiles));
+    const AttnShape& shape = tensors.shape;
+    const auto make_map = [&](const Rows& rows, int64_t dim) {
+      if (keys.total_keys == 0) return CUtensorMap{};  // unused
+      return device::make_rows_map(rows, shape.dtype, keys.total_keys, shape.num_heads_kv, dim,
+                                   Traits::kTileKv);
+    };
+    kernel<<<ctas, Traits::kThreads, Traits::kSmemBytes, cuda_stream>>>(
+        tensors, keys, make_map(tensors.k, shape.head_dim), make_map(tensors.v, shape.head_dim_v),
+        static_cast<int>(tiles));
   } else {
     auto* kernel = dense_attn_fwd_kernel<Traits>;
     allow_shared_memory(kernel, Traits::kSmemBytes);

@@ -10,7 +10,8 @@ namespace fsattn {
 struct QueryTileWork {
   int64_t token;               // of the first query
   int64_t k_offset, v_offset;  // elements
-  int head;
+  int head, kv_head;
+  int key_row;      // row of k of the first key
   int position;     // of the first query
   int num_queries;  // from the first one to the end of the sequence; 0 or less: nothing to do
   int num_keys;
@@ -57,10 +58,11 @@ __device__ QueryTileWork find_query_tile(const Tensors& p, const device::KeySet&
   const device::RowRange kv = device::rows_of(keys.cu_keys, batch, tile.seq, keys.total_keys);
   QueryTileWork work;
   work.head = index % num_heads;
-  const int kv_head = work.head / (num_heads / static_cast<int>(p.shape.num_heads_kv));
+  work.kv_head = work.head / (num_heads / static_cast<int>(p.shape.num_heads_kv));
+  work.key_row = kv.begin;
   work.token = int64_t{queries.begin} + tile.first;
-  work.k_offset = kv.begin * p.k.token_stride + kv_head * p.k.head_stride;
-  work.v_offset = kv.begin * p.v.token_stride + kv_head * p.v.head_stride;
+  work.k_offset = kv.begin * p.k.token_stride + work.kv_head * p.k.head_stride;
+  work.v_offset = kv.begin * p.v.token_stride + work.kv_head * p.v.head_stride;
   work.num_queries = queries.count - tile.first;
   work.num_keys = tile.seq == batch ? 0 : kv.count;
   work.position = device::query_offset(p.packing, tile.seq, queries.count) + tile.first;

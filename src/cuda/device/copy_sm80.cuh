@@ -62,4 +62,10 @@ __device__ __forceinline__ uint64_t l2_evict_last() {
   return policy;
 }
 
+__device__ __forceinline__ uint64_t l2_evict_normal() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 }  // namespace fsattn::device

@@ -29,6 +29,18 @@ __device__ __forceinline__ void load_panels(uint32_t tile, const MatrixView<Elem
   }
 }
 
+// Clears the rows of a tile of kRows rows from row `first` on.
+template <int kRows>
+__device__ __forceinline__ void clear_panel_rows(uint32_t tile, int first, int lane) {
+  for (int i = first * 8 + lane; i < kRows * 8; i += kWarpSize) {
+    for (int panel = 0; panel < 2; ++panel) {
+      asm volatile(
+          "st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(tile + panel * kRows * 128 + i * 16), "r"(0)
+          : "memory");
+    }
+  }
+}
+
 // Operand descriptors (wgmma_descriptor) as their low word, which a step of the address is simply
 // added to. It has to be the same value in all lanes and known to be: then the additions run in the
 // uniform datapath. Derived from one address a product, they cost as many issue slots as the softmax.

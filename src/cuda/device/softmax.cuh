@@ -144,6 +144,27 @@ struct OnlineSoftmax {
     }
   }
 
+  // Both at once, column by column: P may take the registers of the scores that it has used.
+  template <int kN>
+  __device__ __forceinline__ void exponentiate_and_pack(int m, const float (&s)[kN][4],
+                                                        uint32_t (&p)[kN][2], float scale_log2) {
+    float shift[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      shift[half] = max[2 * m + half] == -INFINITY ? 0.f : max[2 * m + half];
+    }
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float x = exp2_approx(fmaf(s[n][2 * half], scale_log2, -shift[half]));
+        const float y = exp2_approx(fmaf(s[n][2 * half + 1], scale_log2, -shift[half]));
+        sum[2 * m + half] += x + y;
+        p[n][half] = scale_down(pack_pair<Element>(x, y));
+      }
+    }
+  }
+
   // One instruction a pair; scaling the fp32 values would take two, scaling in the exponent would cost
   // the lse its last bits.
   static __device__ __forceinline__ uint32_t scale_down(uint32_t pair) {
