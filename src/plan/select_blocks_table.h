@@ -16,24 +16,29 @@ struct SelectBlocksConfig {
   DType dtype;
   int head_dim;
   int tile_q;  // queries of a CTA
+  int topk;    // blocks that a Hopper row can pick; the others: 0, any number
 };
 
-// Columns: arch, dtype, head_dim, tile_q. The first row that fits wins.
+// Columns: arch, dtype, head_dim, tile_q, topk. The first row that fits wins.
 inline constexpr std::array kSelectBlocksTable{
-    SelectBlocksConfig{Arch::kSm90a, DType::kBFloat16, 128, 64 },
-    SelectBlocksConfig{Arch::kSm90a, DType::kBFloat16, 128, 128},
-    SelectBlocksConfig{Arch::kSm90a, DType::kFloat16,  128, 64 },
-    SelectBlocksConfig{Arch::kSm90a, DType::kFloat16,  128, 128},
-    SelectBlocksConfig{Arch::kSm80,  DType::kBFloat16, 64,  64 },
-    SelectBlocksConfig{Arch::kSm80,  DType::kBFloat16, 128, 64 },
-    SelectBlocksConfig{Arch::kSm80,  DType::kBFloat16, 128, 32 },
-    SelectBlocksConfig{Arch::kSm80,  DType::kBFloat16, 256, 64 },
-    SelectBlocksConfig{Arch::kSm80,  DType::kBFloat16, 192, 32 },
-    SelectBlocksConfig{Arch::kSm80,  DType::kFloat16,  64,  64 },
-    SelectBlocksConfig{Arch::kSm80,  DType::kFloat16,  128, 64 },
-    SelectBlocksConfig{Arch::kSm80,  DType::kFloat16,  128, 32 },
-    SelectBlocksConfig{Arch::kSm80,  DType::kFloat16,  256, 64 },
-    SelectBlocksConfig{Arch::kSm80,  DType::kFloat16,  192, 32 },
+    SelectBlocksConfig{Arch::kSm90a, DType::kBFloat16, 128, 96,  16},
+    SelectBlocksConfig{Arch::kSm90a, DType::kBFloat16, 128, 192, 16},
+    SelectBlocksConfig{Arch::kSm90a, DType::kBFloat16, 128, 64,  32},
+    SelectBlocksConfig{Arch::kSm90a, DType::kBFloat16, 128, 128, 32},
+    SelectBlocksConfig{Arch::kSm90a, DType::kFloat16,  128, 96,  16},
+    SelectBlocksConfig{Arch::kSm90a, DType::kFloat16,  128, 192, 16},
+    SelectBlocksConfig{Arch::kSm90a, DType::kFloat16,  128, 64,  32},
+    SelectBlocksConfig{Arch::kSm90a, DType::kFloat16,  128, 128, 32},
+    SelectBlocksConfig{Arch::kSm80,  DType::kBFloat16, 64,  64,  0 },
+    SelectBlocksConfig{Arch::kSm80,  DType::kBFloat16, 128, 64,  0 },
+    SelectBlocksConfig{Arch::kSm80,  DType::kBFloat16, 128, 32,  0 },
+    SelectBlocksConfig{Arch::kSm80,  DType::kBFloat16, 256, 64,  0 },
+    SelectBlocksConfig{Arch::kSm80,  DType::kBFloat16, 192, 32,  0 },
+    SelectBlocksConfig{Arch::kSm80,  DType::kFloat16,  64,  64,  0 },
+    SelectBlocksConfig{Arch::kSm80,  DType::kFloat16,  128, 64,  0 },
+    SelectBlocksConfig{Arch::kSm80,  DType::kFloat16,  128, 32,  0 },
+    SelectBlocksConfig{Arch::kSm80,  DType::kFloat16,  256, 64,  0 },
+    SelectBlocksConfig{Arch::kSm80,  DType::kFloat16,  192, 32,  0 },
 };
 
 inline constexpr int kSelectTileKv = 128;  // compressed keys of a step
@@ -69,41 +74,51 @@ constexpr SelectBlocksSmem select_blocks_smem(const SelectBlocksConfig& config, 
 }
 
 // Of the Hopper rows.
-inline constexpr int kSelectSm90QStages = 4, kSelectSm90KStages = 3;  // tiles in shared memory
-inline constexpr int kSelectSm90ChunkTiles = 4;   // of 32 blocks, whose scores are kept
-inline constexpr int kSelectSm90MaxTopk = 32;     // candidates of a query: one a lane
-inline constexpr int kSelectSm90CarryPitch = 17;  // 16 tiles; rows start in different banks
-inline constexpr int kSelectSm90WorkBytes = 64;   // what a CTA computes
+inline constexpr int kSelectSm90WorkRing = 4;    // work items that are known ahead
+inline constexpr int kSelectSm90WorkBytes = 64;  // of one
+
+// A warpgroup has 64 queries of one head, or 32 of two heads at a time.
+constexpr bool select_sm90_pairs(const SelectBlocksConfig& config) { return config.tile_q < 128; }
+constexpr int select_sm90_groups(const SelectBlocksConfig& config) {
+  return config.tile_q / (select_sm90_pairs(config) ? 32 : 64);
+}
+constexpr int select_sm90_q_stages(const SelectBlocksConfig& config) {
+  return select_sm90_pairs(config) ? 2 : 1;  // of a warpgroup
+}
+constexpr int select_sm90_k_stages(const SelectBlocksConfig& config) {
+  return select_sm90_groups(config) == 3 && select_sm90_pairs(config) ? 2 : 3;
+}
 
 // Shared memory of a CTA of a Hopper row; offsets in bytes, the queries at 0.
 struct SelectSm90Smem {
-  int k, score, list, state, barriers, work, room, carry, bytes;
+  int k, score, code, work, barriers, bytes;
 };
 
-constexpr SelectSm90Smem select_sm90_smem(const SelectBlocksConfig& config, int num_heads) {
-  const int q_tiles = config.tile_q == 128 ? 2 : std::min(num_heads, kSelectSm90QStages);
+constexpr SelectSm90Smem select_sm90_smem(const SelectBlocksConfig& config) {
+  const int q_stages = select_sm90_groups(config) * select_sm90_q_stages(config);
+  const int k_stages = select_sm90_k_stages(config);
   SelectSm90Smem s{};
-  s.k = q_tiles * 64 * config.head_dim * 2;
-  s.score = s.k + kSelectSm90KStages * kSelectTileKv * config.head_dim * 2;
-  s.list = s.score + config.tile_q * kSelectSm90ChunkTiles * 32 * 4;
-  s.state = s.list + config.tile_q * kSelectSm90MaxTopk * 8;
-  s.barriers = s.state + config.tile_q * 16;
-  s.work = s.barriers + 2 * (kSelectSm90QStages + kSelectSm90KStages) * 8;
-  s.room = s.work + kSelectSm90WorkBytes;
-  s.carry = s.room + config.tile_q * 4;
-  s.bytes = s.carry + (config.tile_q == 64 ? 64 * kSelectSm90CarryPitch * 4 : 0);
+  s.k = q_stages * 64 * config.head_dim * 2;
+  s.score = s.k + k_stages * kSelectTileKv * config.head_dim * 2;
+  s.code = s.score + config.tile_q * 4 * config.topk * 4;
+  s.work = s.code + config.tile_q * 4 * config.topk * 2;
+  s.barriers = s.work + kSelectSm90WorkRing * kSelectSm90WorkBytes;
+  s.bytes = s.barriers + 2 * (q_stages + k_stages + kSelectSm90WorkRing) * 8;
   return s;
 }
 
-static_assert(select_sm90_smem({Arch::kSm90a, DType::kBFloat16, 128, 64}, 4).bytes <= 227 * 1024);
-static_assert(select_sm90_smem({Arch::kSm90a, DType::kBFloat16, 128, 128}, 1).bytes <= 227 * 1024);
+static_assert(std::ranges::all_of(kSelectBlocksTable, [](const SelectBlocksConfig& config) {
+  return config.arch != Arch::kSm90a || select_sm90_smem(config).bytes <= 227 * 1024;
+}));
 
 // Groups of one have rows of their own; smaller head dims lose more to the padding than wgmma wins.
 constexpr bool select_sm90_takes(const SelectBlocksConfig& config, const Problem& p) {
   const bool is_usual = p.kernel_size == 2 * p.kernel_stride && p.block_size == 4 * p.kernel_stride;
-  const int tile_q = p.num_heads_q == p.num_heads_kv ? 128 : 64;
-  return is_usual && config.tile_q == tile_q && p.head_dim > config.head_dim / 2 &&
-         p.topk <= kSelectSm90MaxTopk;
+  const bool pairs_heads = p.num_heads_q != p.num_heads_kv;
+  // A lane numbers its eight blocks of each 32 with 16 bits.
+  const bool is_numbered = p.total_k / p.block_size < int64_t{4} << 16;
+  return is_usual && select_sm90_pairs(config) == pairs_heads && is_numbered &&
+         p.head_dim > config.head_dim / 2 && p.topk <= config.topk;
 }
 
 // Returns the row, or -1 when no kernel fits. `smem_limit`: bytes that one CTA may have; devices with

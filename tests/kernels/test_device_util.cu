@@ -112,35 +112,6 @@ void test_topk(int count, int capacity, int distinct, int order) {
   }
 }
 
-// x[0] ends sorted, x[1] as the 32 largest of both.
-__global__ void sort_scores_kernel(const int* in, int* out) {
-  const int lane = threadIdx.x;
-  int x[2] = {in[lane], in[device::kWarpSize + lane]};
-  device::sort_scores(x, lane);
-  int a[1] = {x[0]}, b[1] = {x[1]};
-  device::merge_scores(b, a, lane);
-  out[lane] = x[0];
-  out[device::kWarpSize + lane] = b[0];
-}
-
-TEST(scores_of_a_warp_sort_and_merge) {
-  for (int distinct : {1, 5, 100000}) {
-    for (uint32_t seed = 0; seed < 20; ++seed) {
-      std::vector<int> in;
-      for (uint32_t i = 0; i < 64; ++i)
-        in.push_back(std::max(-1, small_integer(seed * 64 + i, distinct)));
-      const DeviceArray<int> din(in), dout(in.size());
-      sort_scores_kernel<<<1, 32>>>(din.get(), dout.get());
-      finish_kernel();
-      std::vector<int> first(in.begin(), in.begin() + 32), all(in);
-      std::sort(first.begin(), first.end(), std::greater<>());
-      std::sort(all.begin(), all.end(), std::greater<>());
-      first.insert(first.end(), all.begin(), all.begin() + 32);
-      EXPECT_TRUE(dout.host() == first);
-    }
-  }
-}
-
 TEST(warp_topk_ranks_ties_by_index_in_any_order) {
   for (int capacity : {32, 64, 96, 128}) {
     for (int count : {1, 31, 33, 128, 1000}) {

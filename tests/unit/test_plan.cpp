@@ -114,7 +114,7 @@ TEST(cuda_plans_of_the_usual_shape) {
   EXPECT_EQ(text(Op::kWindowAttn, Pass::kBwd),
             "window_attention bwd: sm_90a row 0 (bfloat16, head_dim <= 128, head_dim_v <= 128)");
   EXPECT_EQ(text(Op::kSelectBlocks, Pass::kFwd),
-            "select_blocks fwd: sm_90a row 0 (bfloat16, head_dim <= 128, 64 queries a tile)");
+            "select_blocks fwd: sm_90a row 0 (bfloat16, head_dim <= 128, 96 queries a tile)");
   EXPECT_EQ(text(Op::kBlockIndex, Pass::kFwd),
             "build_block_index fwd: sm_80 row 0 (16 ids a query, windows of 3072 blocks)");
   EXPECT_EQ(text(Op::kSelectedAttn, Pass::kBwd),

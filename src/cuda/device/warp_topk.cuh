@@ -64,41 +64,4 @@ __device__ __forceinline__ void merge_into(RankKey* const (&list)[kLists], int c
   }
 }
 
-// ---- Scores alone, one a lane, as the bits of floats that are not negative; -1 stands for none ----
-
-// Sorts kLists vectors in descending order, side by side.
-template <int kLists>
-__device__ __forceinline__ void sort_scores(int (&x)[kLists], int lane) {
-#pragma unroll
-  for (int width = 2; width <= kWarpSize; width *= 2) {
-#pragma unroll
-    for (int distance = width / 2; distance > 0; distance /= 2) {
-      const bool keeps_larger =
-          ((lane & distance) == 0) == (width == kWarpSize || (lane & width) == 0);
-#pragma unroll
-      for (int i = 0; i < kLists; ++i) {
-        const int other = __shfl_xor_sync(kFullMask, x[i], distance);
-        if ((other > x[i]) == keeps_larger) x[i] = other;
-      }
-    }
-  }
-}
-
-// x becomes the 32 largest of x and y in descending order; both are sorted.
-template <int kLists>
-__device__ __forceinline__ void merge_scores(int (&x)[kLists], const int (&y)[kLists], int lane) {
-#pragma unroll
-  for (int i = 0; i < kLists; ++i)
-    x[i] = max(x[i], __shfl_sync(kFullMask, y[i], kWarpSize - 1 - lane));
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    const bool keeps_larger = (lane & distance) == 0;
-#pragma unroll
-    for (int i = 0; i < kLists; ++i) {
-      const int other = __shfl_xor_sync(kFullMask, x[i], distance);
-      if ((other > x[i]) == keeps_larger) x[i] = other;
-    }
-  }
-}
-
 }  // namespace fsattn::device

@@ -149,7 +149,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
   // Shared, because in registers it would push the loop into spilling.
   __shared__ SelectWork shared_work;
   if (thread == 32) select_setup() = {at, g};
-  if (thread == 0) shared_work = find_select_work<Traits::kTileQ>(p, band);
+  if (thread == 0) {
+    shared_work = find_select_work<Traits::kTileQ>(p, band, static_cast<int>(blockIdx.x),
+                                                   static_cast<int>(gridDim.x));
+  }
   __syncthreads();
   const SelectWork& work = shared_work;
   if (work.num_queries <= 0) return;

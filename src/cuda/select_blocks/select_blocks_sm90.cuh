@@ -1,18 +1,19 @@
 // select_blocks, sm_90a: the same operator with wgmma and producer warps, for the usual geometry.
 //
 // Math    select_blocks_sm80.cuh, with l / d = 2 and S / d = 4: a block's windows weigh 1, 2, 2, 2, 1.
-// Shapes  params/select_blocks.h, head_dim up to the row's, topk up to 32.
-// Tiles   128 windows (32 blocks) and 64 queries of one head a product. tile_q 64: two warpgroups share
-//         the queries and take turns at the tiles of windows, for groups. tile_q 128: each has its own
-//         queries, for groups of one, where the traffic of the keys would be too high.
-// Roles   two consumer warpgroups take turns at the tensor cores, one multiplies while the other takes
-//         exponentials: P of all heads added in registers, block scores to shared memory. After a chunk of
-//         four tiles each warp looks for the best blocks of its rows (select_blocks_pick.cuh). Two producer
-//         warps copy keys and two copy queries, by cp.async.
-// Layout  the keys of a tile are copied in an order that gives a thread whole blocks: row 16 i + 8 j + 2 q
-//         + e holds window 16 i + 4 q + 2 j + e, where 2 q + e is the column of the accumulator.
-// Memory  up to four tiles of queries (they stay when the group has no more), three of keys, scores.
-// Regs    scores of a tile 64, sum over heads 64: 240 a consumer thread, 24 a producer thread.
+// Shapes  params/select_blocks.h, head_dim and topk up to the row's.
+// Tiles   a product is 64 rows and 128 windows (32 blocks). The rows are 64 queries of one head for groups
+//         of one, else 32 queries of two heads, 8 apart, so that a thread adds the heads of a query in 32
+//         registers. Each consumer warpgroup has its own queries; all use the same tiles of windows.
+// Roles   two or three consumer warpgroups: products, exponentials, block scores, ranking in registers
+//         (select_blocks_pick.cuh). A product starts as soon as the scores of the one before it have become
+//         probabilities, so that it runs while blocks are ranked. Two producer warps copy keys and two copy
+//         queries, by cp.async. A CTA an SM goes through the work items, longest first; the producers are
+//         ahead.
+// Layout  the keys of a tile are copied in an order that gives a thread whole blocks, see load_keys().
+// Memory  up to two tiles of queries a warpgroup (they stay when the group has no more), two or three of
+//         keys, the lists of the ranking.
+// Regs    scores of a tile 64, sum over heads 32: 152 a consumer thread of three warpgroups, 56 a producer.
 // Bound   tensor cores, 2 * D FLOP a (head, query, window), level with ex2, one each.
 // Numbers scores fp32; a block's windows are added in a fixed order.
 #pragma once
@@ -26,57 +27,27 @@
 namespace fsattn {
 namespace device {
 
-// One product: a tile of windows and a head.
-struct SelectItem {
-  int step, head;
-  int q_index;  // number of the item, which says where a streamed head lies
-};
-
 template <class Traits>
 struct SelectConsumer {
   using Element = typename Traits::Element;
+  static constexpr int kRows = Traits::kRows;
+  static constexpr int kSums = kRows * 32;  // windows of a tile that a thread has
+
   const SelectSm90<Traits>& cta;
-  const PickMemory& memory;
   const Band& band;
   int group, warp, lane;  // warp: of the warpgroup
+  RingPosition<Traits::kQStages> q_at = {};
+  RingPosition<Traits::kKStages> k_at = {};
 
-  __device__ int tile_of(int step) const {
-    return Traits::kSharesQueries ? 2 * step + group : step;
-  }
-  // Of the CTA: the first of the thread's two rows, which lie 8 apart.
+  // Of the item: the first of the thread's queries, which lie 8 apart.
   __device__ int row() const {
-    return (Traits::kSharesQueries ? 0 : group * 64) + warp * 16 + lane / 4;
-  }
-  __device__ int q_stage(const SelectItem& item) const {
-    if (!Traits::kSharesQueries) return group;
-    return cta.streams_queries() ? item.q_index % Traits::kQStages : item.head;
+    return group * Traits::kGroupQueries + warp * (8 * kRows) + lane / 4;
   }
 
-  // Warpgroup 0 multiplies one item, then warpgroup 1, then warpgroup 0 again.
-  __device__ __forceinline__ void take_turn() const {
-    asm volatile("bar.sync %0, 256;" ::"r"(8 + group) : "memory");
-  }
-  __device__ __forceinline__ void pass_turn() const {
-    asm volatile("bar.arrive %0, 256;" ::"r"(9 - group) : "memory");
-  }
-
-  __device__ __forceinline__ void wait_operands(const SelectItem& item) const {
-    const int tile = tile_of(item.step), k_stage = tile % Traits::kKStages;
-    const int stage = q_stage(item);
-    if (item.head == 0) mbarrier_wait(cta.k_full(k_stage), tile / Traits::kKStages & 1);
-    if (cta.streams_queries()) {
-      mbarrier_wait(cta.q_full(stage), item.q_index / Traits::kQStages & 1);
-    } else if (item.step == 0) {
-      mbarrier_wait(cta.q_full(stage), 0);
-    }
-    // What cp.async wrote becomes visible to wgmma. The fence waits for all loads of the thread.
-    if (item.head == 0 || item.step == 0 || cta.streams_queries()) fence_async_proxy();
-  }
-
-  // Starts s = Q K^T of an item.
-  __device__ __forceinline__ void issue(const SelectItem& item, float (&s)[64]) const {
-    const uint64_t a = wgmma_descriptor(cta.queries(q_stage(item)), 16);
-    const uint64_t b = wgmma_descriptor(cta.keys(tile_of(item.step) % Traits::kKStages), 16);
+  // Starts s = Q K^T of the tiles in the stages.
+  __device__ __forceinline__ void issue(float (&s)[64]) const {
+    const uint64_t a = wgmma_descriptor(cta.queries(group, q_at.stage), 16);
+    const uint64_t b = wgmma_descriptor(cta.keys(k_at.stage), 16);
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < Traits::kDim / 16; ++kk) {
@@ -87,256 +58,221 @@ struct SelectConsumer {
     wgmma_commit();
   }
 
-  // The item's product is done: what it read may be overwritten.
-  __device__ __forceinline__ void release(const SelectItem& item) const {
-    if (lane != 0) return;
-    if (cta.streams_queries()) mbarrier_arrive(cta.q_empty(q_stage(item)));
-    if (item.head == cta.num_heads - 1) {
-      mbarrier_arrive(cta.k_empty(tile_of(item.step) % Traits::kKStages));
-    }
-  }
-
-  __device__ __forceinline__ void load_lse(int head, float (&lse)[2]) const {
-    const float* from = static_cast<const float*>(cta.p.lse.data) +
-                        (cta.work.first_head + head) * cta.p.lse.head_stride + cta.work.token;
+  // -lse of the thread's two rows of a product, in bits. A row that counts nothing: -inf.
+  __device__ __forceinline__ void load_bias(const SelectWork& work, int pair,
+                                            float (&bias)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int r = row() + i * 8;
-      lse[i] = r < cta.work.num_queries ? __ldg(from + r) : -INFINITY;
+      const int head = Traits::kPairs ? 2 * pair + i : 0, r = row() + (Traits::kPairs ? 0 : i * 8);
+      const float* from = static_cast<const float*>(cta.p.lse.data) +
+                          (work.first_head + head) * cta.p.lse.head_stride + work.token + r;
+      const bool is_valid = r < work.num_queries && head < cta.num_heads;
+      const float lse = is_valid ? __ldg(from) : -INFINITY;
+      bias[i] = lse == -INFINITY ? -INFINITY : -lse * kLog2E;
     }
   }
 
-  // p (+)= the probabilities of one head. A row without keys has lse -inf and counts nothing.
-  __device__ __forceinline__ void add(float (&p)[64], const float (&s)[64], const float (&lse)[2],
-                                      bool overwrites) const {
-    float bias[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) bias[i] = lse[i] == -INFINITY ? -INFINITY : -lse[i] * kLog2E;
-    const auto each = [&](const auto& combine) {
-#pragma unroll
-      for (int i = 0; i < 64; ++i) {
-        combine(p[i], exp2_approx(fmaf(s[i], cta.g.scale_log2, bias[i / 2 % 2])));
-      }
+  // p (+)= the probabilities of a product. Element 2 n + e of a row is its window 2 n + e of the lane's 32.
+  __device__ __forceinline__ void add(float (&p)[kSums], const float (&s)[64],
+                                      const float (&bias)[2]) const {
+    const auto probability = [&](int i, int half) {
+      return exp2_approx(fmaf(s[i / 2 * 4 + half * 2 + i % 2], cta.g.scale_log2, bias[half]));
     };
-    if (overwrites) {
-      each([](float& sum, float x) { sum = x; });
+    if constexpr (!Traits::kPairs) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) p[i] = probability(i, 0), p[32 + i] = probability(i, 1);
     } else if (cta.p.group_reduce == GroupReduce::kMax) {
-      each([](float& sum, float x) { sum = fmaxf(sum, x); });
+#pragma unroll
+      for (int i = 0; i < 32; ++i) p[i] = fmaxf(fmaxf(p[i], probability(i, 0)), probability(i, 1));
     } else {
-      each([](float& sum, float x) { sum += x; });
+#pragma unroll
+      for (int i = 0; i < 32; ++i) p[i] = p[i] + probability(i, 0) + probability(i, 1);
     }
   }
 
   // Zeros where a query does not see a window of the tile.
-  __device__ __forceinline__ void mask(float (&p)[64], int tile) const {
+  __device__ __forceinline__ void mask(const SelectWork& work, int tile, float (&p)[kSums]) const {
     const int first = tile * Traits::kTileKv;
-    if (first + Traits::kTileKv - 1 <= cta.work.full_last) return;
+    if (first + Traits::kTileKv - 1 <= work.full_last) return;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int last = band.last_key(cta.work.position + row() + half * 8);
-      const int limit = min(last, cta.work.num_keys - 1) - first - lane % 4 * 4;
+    for (int r = 0; r < kRows; ++r) {
+      const int last = min(band.last_key(work.position + row() + r * 8), work.num_keys - 1);
+      const int limit = last - first - lane % 4 * 32;
 #pragma unroll
-      for (int n = 0; n < 16; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (n / 2 * 16 + n % 2 * 2 + e > limit) p[n * 4 + half * 2 + e] = 0.f;
-        }
+      for (int i = 0; i < 32; ++i) {
+        if (i > limit) p[r * 32 + i] = 0.f;
       }
     }
   }
 
-  // The scores of the 32 blocks of a tile; carry: what the thread's last window adds to the block
-  // behind it. Column `tile_in_chunk` of 32.
-  __device__ __forceinline__ void store_scores(const float (&p)[64], int tile, int tile_in_chunk,
-                                               float (&carry)[2]) const {
-    const int source = (lane & ~3) | ((lane + 3) & 3);  // the lane of the block before
-    const bool is_last = lane % 4 == 3;
+  // The scores of the lane's eight blocks; carry: what the tile before adds to the first block.
+  __device__ __forceinline__ void make_scores(const float (&p)[kSums], float (&carry)[kRows],
+                                              int (&score)[kRows][kLaneBlocks]) const {
+    const int source = (lane & ~3) | ((lane + 3) & 3);  // the lane of the blocks before
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = row() + half * 8;
-      float* score = memory.score + r * kChunkBlocks + tile_in_chunk * kWarpSize;
-      float before = Traits::kSharesQueries ? 0.f : carry[half];
+    for (int r = 0; r < kRows; ++r) {
+      const float end = p[r * 32 + 31];
+      float before = __shfl_sync(kFullMask, lane % 4 == 3 ? carry[r] : end, source);
+      carry[r] = end;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float* w = p + i * 8 + half * 2;  // windows 0, 1 and, four registers on, 2, 3
-        const float x = __shfl_sync(kFullMask, is_last ? before : w[5], source);
-        score[pick_column(r, i * 4 + lane % 4)] = fmaf(2.f, w[0] + w[1] + w[4], x + w[5]);
-        before = w[5];
-      }
-      carry[half] = before;
-      if (Traits::kSharesQueries && is_last) {
-        memory.carry[r * kCarryPitch + (tile + 1) % 16] = before;
+      for (int i = 0; i < kLaneBlocks; ++i) {
+        const float* w = p + r * 32 + i * 4;
+        score[r][i] = __float_as_int(fmaf(2.f, w[0] + w[1] + w[2], before + w[3]));
+        before = w[3];
       }
     }
-  }
-
-  // Rows of scores are complete, or free again: the warps that share them meet.
-  __device__ __forceinline__ void meet() const {
-    if (Traits::kSharesQueries) {
-      asm volatile("bar.sync %0, 64;" ::"r"(warp + 1) : "memory");
-    } else {
-      __syncwarp();
+    if (!cta.g.rounds_to_bf16) return;
+    __syncwarp();  // a branch
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kLaneBlocks; ++i) {
+        const float x = __int_as_float(score[r][i]);
+        score[r][i] = __float_as_int(__bfloat162float(__float2bfloat16_rn(x)));
+      }
     }
   }
 
-  __device__ int first_pick_row() const {
-    return Traits::kSharesQueries ? warp * 16 + group * 8 : group * 64 + warp * 16;
+  // Waits for the operands of a product.
+  __device__ __forceinline__ void await(bool is_first_tile, bool is_first_pair) const {
+    const bool is_new = is_first_tile || cta.streams_queries();
+    if (is_first_pair) mbarrier_wait(cta.k_full(k_at.stage), k_at.parity);
+    if (is_new) mbarrier_wait(cta.q_full(group, q_at.stage), q_at.parity);
+    // What cp.async wrote becomes visible to wgmma. The fence waits for all loads of the thread.
+    if (is_new || is_first_pair) fence_async_proxy();
   }
 
-  __device__ __forceinline__ void init_rows() const {
-    if (lane < Traits::kRowsPerWarp) {
-      const int r = first_pick_row() + lane;
-      const SelectRow at = select_row(cta.g, cta.work, r);
-      const bool is_query = r < cta.work.num_queries && at.room > 0;
-      memory.state[r] = {is_query ? at.num_init : 0, is_query ? at.local_begin : 0, 0, -1};
-      memory.room[r] = at.room;
-      if (Traits::kSharesQueries) memory.carry[r * kCarryPitch] = 0.f;
-    }
-    meet();
-  }
-
-  // Picks from the chunk that ends with step `last`, which the warps of these rows have scored.
-  __device__ __forceinline__ void pick_chunk(int last) const {
-    constexpr int kRows = Traits::kPickRows;
-    const int first_tile = last * Traits::kTilesPerStep / kChunkTiles * kChunkTiles;
-    meet();
-    const int thread = reread_thread_index(), lane_now = thread % kWarpSize;
-    const int first_row =
-        Traits::kSharesQueries ? thread % 128 / 32 * 16 + thread / 128 * 8 : thread / 32 * 16;
+  // Products and sums of the tiles of an item, and the ranking. A product starts when the scores of the one
+  // before it have become probabilities.
+  __device__ __forceinline__ void score(const SelectItem& item,
+                                        PickList<Traits::kSlots> (&list)[kRows]) {
+    const SelectWork& work = item.work;
+    const int num_pairs = cta.num_pairs(), num_tiles = item.num_tiles;
+    if (num_tiles == 0) return;
+    float s[64], p[kSums], bias[2], carry[kRows] = {};
+    int score[kRows][kLaneBlocks];
+    await(true, true);
+    issue(s);
+    load_bias(work, 0, bias);
 #pragma unroll 1
-    for (int i = 0; i < Traits::kRowsPerWarp; i += kRows) {
-      pick_blocks<kRows, Traits::kSharesQueries>(memory, first_tile, cta.g.rounds_to_bf16,
-                                                 first_row + i, lane_now);
-    }
-    meet();
-  }
-
-  // What follows the last head of a tile.
-  __device__ __forceinline__ void finish_tile(float (&p)[64], int step, float (&carry)[2]) const {
-    const int tile = tile_of(step);
-    mask(p, tile);
-    store_scores(p, tile, tile % kChunkTiles, carry);
-  }
-
-  // Products and sums of all tiles.
-  __device__ __forceinline__ void score() const {
-    constexpr bool kOneHead = !Traits::kSharesQueries;
-    constexpr int kChunkSteps = kChunkTiles / Traits::kTilesPerStep;
-    const int num_heads = kOneHead ? 1 : cta.num_heads;
-    float s[64], p[kOneHead ? 1 : 64], lse[2], carry[2] = {};
-    if (kOneHead) load_lse(0, lse);
-    if (group == 1) pass_turn();  // warpgroup 0 begins
-    int q_index = 0;
-#pragma unroll 1
-    for (int step = 0; step < cta.num_steps; ++step) {
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      const bool is_last_tile = tile == num_tiles - 1;
 #pragma unroll
       for (float& x : p) x = 0.f;
 #pragma unroll 1
-      for (int head = 0; head < num_heads; ++head, ++q_index) {
-        const SelectItem item{step, head, q_index};
-        const bool is_last = step == cta.num_steps - 1 && head == num_heads - 1;
-        if (!kOneHead) load_lse(head, lse);
-        wait_operands(item);
-        take_turn();
-        issue(item, s);
+      for (int pair = 0; pair < num_pairs; ++pair) {
+        const bool is_last_pair = pair == num_pairs - 1;
         wgmma_wait_group<0>();
         pin_registers(s);
-        if (!is_last || group == 0) pass_turn();
-        release(item);
-        if constexpr (kOneHead) {
-          add(s, s, lse, true);
-        } else {
-          add(p, s, lse, false);
-        }
+        release(is_last_tile || cta.streams_queries(), is_last_pair, num_pairs);
+        add(p, s, bias);
+        if (!Traits::kPairs) finish_tile(work, tile, p, carry, score);
+        // Behind the last product comes one that nobody reads: a product on some paths only would make the
+        // compiler wait for it at once.
+        if (!is_last_tile || !is_last_pair) await(is_last_pair ? false : tile == 0, is_last_pair);
+        issue(s);
+        if (Traits::kPairs) load_bias(work, is_last_pair ? 0 : pair + 1, bias);
       }
-      if constexpr (kOneHead) {
-        finish_tile(s, step, carry);
-      } else {
-        finish_tile(p, step, carry);
-      }
-      if (step % kChunkSteps == kChunkSteps - 1 || step == cta.num_steps - 1) pick_chunk(step);
+      if (Traits::kPairs) finish_tile(work, tile, p, carry, score);
+      pick_tile(list, score, tile, lane % 4);
     }
+    wgmma_wait_group<0>();
+    pin_registers(s);
   }
 
-  __device__ __forceinline__ void run() const {
-    init_rows();
-    if (cta.num_steps > 0) score();
-    int32_t* out =
-        cta.p.topk_idx + (cta.work.kv_head * cta.p.packing.total_q + cta.work.token) * cta.p.topk;
-    for (int i = 0; i < Traits::kRowsPerWarp; i += Traits::kPickRows) {
-      finish_picks<Traits::kPickRows>(memory, first_pick_row() + i, lane);
+  __device__ __forceinline__ void finish_tile(const SelectWork& work, int tile, float (&p)[kSums],
+                                              float (&carry)[kRows],
+                                              int (&score)[kRows][kLaneBlocks]) const {
+    mask(work, tile, p);
+    make_scores(p, carry, score);
+  }
+
+  // The product is done: what it read may be overwritten. Queries that stay are released after the last
+  // tile; until then their ring turns without new parities.
+  __device__ __forceinline__ void release(bool releases_queries, bool releases_keys,
+                                          int num_pairs) {
+    if (lane == 0) {
+      if (releases_queries) mbarrier_arrive(cta.q_empty(group, q_at.stage));
+      if (releases_keys) mbarrier_arrive(cta.k_empty(k_at.stage));
     }
-    const SelectRow mine =
-        select_row(cta.g, cta.work, first_pick_row() + lane % Traits::kRowsPerWarp);
-#pragma unroll 4
-    for (int i = 0; i < Traits::kRowsPerWarp; ++i) {
-      const int r = first_pick_row() + i;
-      const int num_blocks = __shfl_sync(kFullMask, mine.num_blocks, i);
-      const int num_init = __shfl_sync(kFullMask, mine.num_init, i);
-      const int num_local = __shfl_sync(kFullMask, mine.num_local, i);
-      if (r >= cta.work.num_queries) continue;
-      write_picks(out + int64_t{r} * cta.p.topk, num_blocks, num_init, num_local,
-                  memory.state[r].count, memory.list + r * kWarpSize, cta.g.topk, lane);
+    if (releases_queries) {
+      q_at.advance();
+    } else if (num_pairs == Traits::kQStages) {
+      if (++q_at.stage == Traits::kQStages) q_at.stage = 0;
     }
+    if (releases_keys) k_at.advance();
+  }
+
+  __device__ __forceinline__ void run() {
+    for_each_item(cta, [&](const SelectItem& item) {
+      constexpr int kListInts = kWarpSize * Traits::kSlots;
+      const int list_index = (group * 4 + warp) * kRows;
+      PickList<Traits::kSlots> list[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        list[r].scores = cta.base + cta.at.score + (list_index + r) * (kListInts * 4) + lane * 4;
+        list[r].codes = cta.base + cta.at.code + (list_index + r) * (kListInts * 2) + lane * 2;
+        const int query = row() + r * 8;
+        list[r].init(select_row(cta.g, item.work, query), query < item.work.num_queries, lane % 4);
+      }
+      score(item, list);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int query = row() + r * 8;
+        int32_t* out =
+            cta.p.topk_idx +
+            (item.work.kv_head * cta.p.packing.total_q + item.work.token + query) * cta.p.topk;
+        write_picks(list[r], select_row(cta.g, item.work, query), query < item.work.num_queries,
+                    list[r].scores - lane * 4, out, cta.g.topk, lane);
+      }
+    });
   }
 };
-
-static_assert(sizeof(SelectWork) + sizeof(int) <= kSelectSm90WorkBytes);
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     select_blocks_sm90_kernel(const __grid_constant__ SelectBlocksParams p,
                               const __grid_constant__ SelectSm90Smem at,
                               const __grid_constant__ SelectGeometry g,
-                              const __grid_constant__ Band band, int num_heads) {
+                              const __grid_constant__ Band band, int num_heads, int num_items) {
   extern __shared__ __align__(1024) unsigned char select_sm90_smem_base[];
   unsigned char* smem = select_sm90_smem_base;
-  SelectWork& work = *reinterpret_cast<SelectWork*>(smem + at.work);
-  int& num_steps = *reinterpret_cast<int*>(smem + at.work + sizeof(SelectWork));
+  const SelectSm90<Traits> cta{p, g, at, smem, smem_address(smem), num_heads, num_items};
   if (threadIdx.x == 0) {
-    work = find_select_work<Traits::kTileQ>(p, band);
-    // Blocks that compete for some query; a row sees no fewer than the rows before it.
-    const SelectRow last = select_row(g, work, work.num_queries - 1);
-    const int blocks = g.topk > g.init_blocks + g.local_blocks ? last.local_begin : 0;
-    num_steps = ceil_div(blocks, kWarpSize * Traits::kTilesPerStep);
-    if (num_heads % 2 == 1) num_steps += num_steps % 2;  // an even number of items
-    const SelectSm90<Traits> cta{p, g, at, work, smem_address(smem), num_heads, 0};
-    for (int i = 0; i < Traits::kQStages; ++i) {
-      mbarrier_init(cta.q_full(i), 64);
-      mbarrier_init(cta.q_empty(i), Traits::kConsumerThreads / kWarpSize);
+    for (int group = 0; group < Traits::kGroups; ++group) {
+      for (int i = 0; i < Traits::kQStages; ++i) {
+        mbarrier_init(cta.q_full(group, i), Traits::kProducerThreads);
+        mbarrier_init(cta.q_empty(group, i), 4);
+      }
     }
     for (int i = 0; i < Traits::kKStages; ++i) {
-      mbarrier_init(cta.k_full(i), 64);
-      mbarrier_init(cta.k_empty(i), Traits::kSharesQueries ? 4 : 8);
+      mbarrier_init(cta.k_full(i), Traits::kProducerThreads);
+      mbarrier_init(cta.k_empty(i), Traits::kConsumerThreads / kWarpSize);
+    }
+    for (int i = 0; i < kSelectSm90WorkRing; ++i) {
+      mbarrier_init(cta.item_full(i), 1);
+      mbarrier_init(cta.item_empty(i), Traits::kThreads / kWarpSize);
     }
     mbarrier_init_fence();
   }
   __syncthreads();
-  if (work.num_queries <= 0) return;
-  const SelectSm90<Traits> cta{p, g, at, work, smem_address(smem), num_heads, num_steps};
   if (threadIdx.x < Traits::kConsumerThreads) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Traits::kConsumerRegisters));
-    const PickMemory memory{
-        reinterpret_cast<float*>(smem + at.score), reinterpret_cast<float*>(smem + at.carry),
-        reinterpret_cast<Pick*>(smem + at.list), reinterpret_cast<PickState*>(smem + at.state),
-        reinterpret_cast<int*>(smem + at.room)};
     const int thread = threadIdx.x;
     // Read from lane 0: the compiler then knows that they are the same in the whole warp.
     const int group = __shfl_sync(kFullMask, thread / 128, 0);
     const int warp = __shfl_sync(kFullMask, thread / 32 % 4, 0);
-    SelectConsumer<Traits>{cta, memory, band, group, warp, thread % 32}.run();
+    SelectConsumer<Traits>{cta, band, group, warp, thread % 32}.run();
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kProducerRegisters));
-    const int thread = threadIdx.x % 64;
-    if (num_steps > 0) {
-      if (threadIdx.x / 64 % 2 == 0) {
-        produce_keys(cta, thread);
-      } else {
-        produce_queries(cta, thread);
-      }
-      cp_async_commit();
-      cp_async_wait<0>();
+    const int thread = threadIdx.x % Traits::kProducerThreads;
+    if (threadIdx.x / Traits::kProducerThreads % 2 == 0) {
+      produce_keys(cta, thread);
+    } else {
+      produce_queries(cta, band, thread);
     }
+    cp_async_commit();
+    cp_async_wait<0>();
   }
 }
 
@@ -349,14 +285,19 @@ void launch_select_blocks_sm90(const SelectBlocksParams& params, Stream stream) 
   if (packing.total_q == 0) return;
   const int group = static_cast<int>(params.shape.group_size());
   const int num_heads = params.group_reduce == GroupReduce::kFirstHead ? 1 : group;
-  const SelectSm90Smem smem = select_sm90_smem(kConfig, num_heads);
-  const int64_t ctas = device::num_tile_slots(packing.total_q, packing.batch, Traits::kTileQ) *
-                       params.shape.num_heads_kv;
+  const SelectSm90Smem smem = select_sm90_smem(kConfig);
+  const int64_t items = device::num_tile_slots(packing.total_q, packing.batch, Traits::kTileQ) *
+                        params.shape.num_heads_kv;
   auto* kernel = device::select_blocks_sm90_kernel<Traits>;
   allow_shared_memory(kernel, smem.bytes);
+  int device = 0, num_sms = 0;
+  FSATTN_CUDA_CHECK(cudaGetDevice(&device));
+  FSATTN_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+  const int64_t ctas = std::min<int64_t>(items, num_sms);
   kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, static_cast<size_t>(smem.bytes),
            static_cast<cudaStream_t>(stream)>>>(params, smem, device::make_select_geometry(params),
-                                                device::make_select_band(params.mask), num_heads);
+                                                device::make_select_band(params.mask), num_heads,
+                                                static_cast<int>(items));
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -13,114 +13,217 @@ struct SelectSm90Traits {
   using Element = ElementOf<kConfig.dtype>;
   static constexpr int kDim = kConfig.head_dim, kPanels = kDim / 64;
   static constexpr int kTileQ = kConfig.tile_q, kTileKv = kSelectTileKv;
-  static constexpr bool kSharesQueries = kTileQ == 64;  // by the two consumer warpgroups
-  static constexpr int kGroups = 2, kConsumerThreads = kGroups * 128;
+  static constexpr bool kPairs = select_sm90_pairs(kConfig);
+  static constexpr int kGroups = select_sm90_groups(kConfig), kConsumerThreads = kGroups * 128;
   static constexpr int kThreads = kConsumerThreads + 128;
-  static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 152 : 224;
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kGroupQueries = kTileQ / kGroups;
+  static constexpr int kSlots = kConfig.topk;   // of a list
+  static constexpr int kRows = kPairs ? 1 : 2;  // queries of a thread
   static constexpr int kQPanelBytes = 64 * 128, kQBytes = kPanels * kQPanelBytes;
   static constexpr int kKPanelBytes = kTileKv * 128, kKBytes = kPanels * kKPanelBytes;
-  static constexpr int kQStages = kSelectSm90QStages, kKStages = kSelectSm90KStages;
-  static constexpr int kRowsPerWarp = kTileQ / 8;
-  static constexpr int kPickRows = 4;  // side by side
-  static constexpr int kTilesPerStep = kSharesQueries ? 2 : 1;
+  static constexpr int kQStages = select_sm90_q_stages(kConfig);  // of a warpgroup
+  static constexpr int kKStages = select_sm90_k_stages(kConfig);
+  static constexpr int kProducerThreads = 64;  // of the keys, and of the queries
 };
 
-// What every role knows of its CTA.
+// A stage of a ring in shared memory and the parity of its barrier.
+template <int kStages>
+struct RingPosition {
+  int stage = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// What a CTA computes at a time.
+struct SelectItem {
+  SelectWork work;
+  int num_tiles;  // of keys
+};
+static_assert(sizeof(SelectItem) <= kSelectSm90WorkBytes);
+
+// What every role knows.
 template <class Traits>
 struct SelectSm90 {
   const SelectBlocksParams& p;
   const SelectGeometry& g;
   const SelectSm90Smem& at;
-  const SelectWork& work;
+  unsigned char* smem;
   uint32_t base;
-  int num_heads, num_steps;
+  int num_heads;  // of a group that count
+  int num_items;  // of all CTAs
 
+  static constexpr int kQTiles = Traits::kGroups * Traits::kQStages;
+
+  __device__ int num_pairs() const { return Traits::kPairs ? (num_heads + 1) / 2 : 1; }
+  // More tiles of queries than stages: they come again for each tile of keys.
   __device__ bool streams_queries() const {
-    return Traits::kSharesQueries && num_heads > Traits::kQStages;
+    return Traits::kPairs && num_pairs() > Traits::kQStages;
   }
-  __device__ uint32_t queries(int stage) const { return base + stage * Traits::kQBytes; }
+  __device__ uint32_t queries(int group, int stage) const {
+    return base + (group * Traits::kQStages + stage) * Traits::kQBytes;
+  }
   __device__ uint32_t keys(int stage) const { return base + at.k + stage * Traits::kKBytes; }
-  __device__ uint32_t q_full(int stage) const { return base + at.barriers + stage * 8; }
-  __device__ uint32_t q_empty(int stage) const { return q_full(Traits::kQStages + stage); }
-  __device__ uint32_t k_full(int stage) const { return q_full(2 * Traits::kQStages + stage); }
-  __device__ uint32_t k_empty(int stage) const { return k_full(Traits::kKStages + stage); }
+  __device__ uint32_t q_full(int group, int stage) const {
+    return base + at.barriers + (group * Traits::kQStages + stage) * 8;
+  }
+  __device__ uint32_t q_empty(int group, int stage) const {
+    return q_full(group, stage) + kQTiles * 8;
+  }
+  __device__ uint32_t k_full(int stage) const {
+    return base + at.barriers + (2 * kQTiles + stage) * 8;
+  }
+  __device__ uint32_t k_empty(int stage) const { return k_full(stage) + Traits::kKStages * 8; }
+  __device__ uint32_t item_full(int stage) const {
+    return base + at.barriers + (2 * (kQTiles + Traits::kKStages) + stage) * 8;
+  }
+  __device__ uint32_t item_empty(int stage) const {
+    return item_full(stage) + kSelectSm90WorkRing * 8;
+  }
+  __device__ SelectItem& item(int stage) const {
+    return *reinterpret_cast<SelectItem*>(smem + at.work + stage * kSelectSm90WorkBytes);
+  }
 };
 
+using ItemPosition = RingPosition<kSelectSm90WorkRing>;
+
+// Calls each(item) for the items of this CTA, in all warps that do not find them.
+template <class Traits, class Each>
+__device__ __forceinline__ void for_each_item(const SelectSm90<Traits>& cta, const Each& each) {
+  ItemPosition at;
+#pragma unroll 1
+  for (int i = blockIdx.x; i < cta.num_items; i += gridDim.x) {
+    mbarrier_wait(cta.item_full(at.stage), at.parity);
+    const SelectItem& item = cta.item(at.stage);
+    if (item.work.num_queries > 0) each(item);
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) mbarrier_arrive(cta.item_empty(at.stage));
+    at.advance();
+  }
+}
+
+// Finds item `index` and tells the other warps.
 template <class Traits>
-__device__ __forceinline__ void produce_keys(const SelectSm90<Traits>& cta, int thread) {
+__device__ __forceinline__ void publish_item(const SelectSm90<Traits>& cta, const Band& band,
+                                             int index, ItemPosition& at) {
+  mbarrier_wait(cta.item_empty(at.stage), at.parity ^ 1);
+  SelectItem& item = cta.item(at.stage);
+  item.work = find_select_work<Traits::kTileQ>(cta.p, band, index, cta.num_items);
+  // Blocks that compete for some query; a row sees no fewer than the rows before it.
+  const SelectRow last = select_row(cta.g, item.work, item.work.num_queries - 1);
+  const int blocks = cta.g.topk > cta.g.init_blocks + cta.g.local_blocks ? last.local_begin : 0;
+  item.num_tiles = ceil_div(blocks, kWarpSize);
+  mbarrier_arrive(cta.item_full(at.stage));
+  at.advance();
+}
+
+// Row 8 n + 2 q + e of a tile holds window 32 q + 2 n + e: a thread then has 32 windows side by side.
+template <class Traits>
+__device__ __forceinline__ void load_keys(const SelectSm90<Traits>& cta, const SelectWork& work,
+                                          int tile, int stage, int thread) {
   using Element = typename Traits::Element;
   const Rows& rows = cta.p.k_cmp;
   const int column = thread % 8 * 8, row = thread / 8;
-  const int window = row / 2 * 4 + row % 2;  // of row `row` of a tile; rows + 8: window + 2
-  const int64_t stride = rows.token_stride;
+  const int window = tile * Traits::kTileKv + row / 2 * 32 + row % 2;
   const Element* src = static_cast<const Element*>(rows.data) +
-                       (cta.work.first_row + window) * stride +
-                       cta.work.kv_head * rows.head_stride + column;
+                       (work.first_row + window) * rows.token_stride +
+                       work.kv_head * rows.head_stride + column;
   const int cols = static_cast<int>(cta.p.shape.head_dim) - column;
-  int left = cta.work.num_keys - window;
-  int stage = 0, parity = 1;
-  for (int tile = 0; tile < cta.num_steps * Traits::kTilesPerStep; ++tile) {
-    mbarrier_wait(cta.k_empty(stage), parity);
-    uint32_t dst = cta.keys(stage) + tile_offset<64>(row, thread % 8);
+  const int left = work.num_keys - window;
+  const uint32_t dst = cta.keys(stage) + tile_offset<64>(row, thread % 8);
 #pragma unroll
-    for (int i = 0; i < Traits::kTileKv / 8; ++i) {
-#pragma unroll
-      for (int panel = 0; panel < Traits::kPanels; ++panel) {
-        cp_async_16(dst + panel * Traits::kKPanelBytes + i * 1024, src + panel * 64,
-                    left > 0 && panel * 64 < cols);
-      }
-      const int step = i % 2 == 0 ? 2 : 14;
-      src += step * stride;
-      left -= step;
-      asm volatile("" : "+l"(src));  // keeps one address alive instead of one a row
-    }
-    cp_async_arrive(cta.k_full(stage));
-    if (++stage == Traits::kKStages) stage = 0, parity ^= 1;
-  }
-}
-
-// Tile `tile` of the queries of head `head` of the group.
-template <class Traits>
-__device__ __forceinline__ void load_queries(const SelectSm90<Traits>& cta, int stage, int head,
-                                             int tile, int thread) {
-  using Element = typename Traits::Element;
-  const Rows& rows = cta.p.q;
-  const int column = thread % 8 * 8, row = tile * 64 + thread / 8;
-  const Element* src = static_cast<const Element*>(rows.data) +
-                       (cta.work.token + row) * rows.token_stride +
-                       (cta.work.first_head + head) * rows.head_stride + column;
-  const int cols = static_cast<int>(cta.p.shape.head_dim) - column;
-  const uint32_t dst = cta.queries(stage) + tile_offset<64>(thread / 8, thread % 8);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int n = 0; n < Traits::kTileKv / 8; ++n) {
 #pragma unroll
     for (int panel = 0; panel < Traits::kPanels; ++panel) {
-      cp_async_16(dst + panel * Traits::kQPanelBytes + i * 1024, src + panel * 64,
-                  row + i * 8 < cta.work.num_queries && panel * 64 < cols);
+      cp_async_16(dst + panel * Traits::kKPanelBytes + n * 1024, src + panel * 64,
+                  2 * n < left && panel * 64 < cols);
     }
-    src += 8 * rows.token_stride;
-    asm volatile("" : "+l"(src));
+    src += 2 * rows.token_stride;
+    asm volatile("" : "+l"(src));  // keeps one address alive instead of one a row
   }
-  cp_async_arrive(cta.q_full(stage));
+  cp_async_arrive(cta.k_full(stage));
 }
 
 template <class Traits>
-__device__ __forceinline__ void produce_queries(const SelectSm90<Traits>& cta, int thread) {
-  if (!Traits::kSharesQueries) {
-    for (int tile = 0; tile < Traits::kGroups; ++tile) load_queries(cta, tile, 0, tile, thread);
-    return;
-  }
-  if (!cta.streams_queries()) {
-    for (int head = 0; head < cta.num_heads; ++head) load_queries(cta, head, head, 0, thread);
-    return;
-  }
-  int stage = 0, parity = 1;
-  for (int step = 0; step < cta.num_steps; ++step) {
-    for (int head = 0; head < cta.num_heads; ++head) {
-      mbarrier_wait(cta.q_empty(stage), parity);
-      load_queries(cta, stage, head, 0, thread);
-      if (++stage == Traits::kQStages) stage = 0, parity ^= 1;
+__device__ __forceinline__ void produce_keys(const SelectSm90<Traits>& cta, int thread) {
+  RingPosition<Traits::kKStages> at;
+  for_each_item(cta, [&](const SelectItem& item) {
+#pragma unroll 1
+    for (int tile = 0; tile < item.num_tiles; ++tile) {
+      mbarrier_wait(cta.k_empty(at.stage), at.parity ^ 1);
+      load_keys(cta, item.work, tile, at.stage, thread);
+      at.advance();
     }
+  });
+}
+
+// 64 queries of a head, or 32 of two: rows 0 .. 7 of each 16 are of one head, rows 8 .. 15 of the other.
+template <class Traits>
+__device__ __forceinline__ void load_queries(const SelectSm90<Traits>& cta, const SelectWork& work,
+                                             int group, int stage, int pair, int thread) {
+  using Element = typename Traits::Element;
+  const Rows& rows = cta.p.q;
+  const int column = thread % 8 * 8, row = group * Traits::kGroupQueries + thread / 8;
+  const int head = Traits::kPairs ? 2 * pair : 0;
+  const Element* src = static_cast<const Element*>(rows.data) +
+                       (work.token + row) * rows.token_stride +
+                       (work.first_head + head) * rows.head_stride + column;
+  const int cols = static_cast<int>(cta.p.shape.head_dim) - column;
+  const uint32_t dst = cta.queries(group, stage) + tile_offset<64>(thread / 8, thread % 8);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int query = Traits::kPairs ? i / 2 * 8 : i * 8;
+    const bool is_second = Traits::kPairs && i % 2 == 1;
+    const Element* from = src + query * rows.token_stride + (is_second ? rows.head_stride : 0);
+    const bool is_valid =
+        row + query < work.num_queries && (!is_second || head + 1 < cta.num_heads);
+#pragma unroll
+    for (int panel = 0; panel < Traits::kPanels; ++panel) {
+      cp_async_16(dst + panel * Traits::kQPanelBytes + i * 1024, from + panel * 64,
+                  is_valid && panel * 64 < cols);
+    }
+  }
+  cp_async_arrive(cta.q_full(group, stage));
+}
+
+template <class Traits>
+__device__ __forceinline__ void produce_queries(const SelectSm90<Traits>& cta, const Band& band,
+                                                int thread) {
+  ItemPosition publish_at;
+  int next = blockIdx.x;
+  const auto publish_next = [&] {
+    if (thread == 0 && next < cta.num_items) publish_item(cta, band, next, publish_at);
+    next += gridDim.x;
+    __syncwarp();
+  };
+  publish_next();
+  RingPosition<Traits::kQStages> at;
+  const auto load = [&](const SelectWork& work, int pair) {
+#pragma unroll 1
+    for (int group = 0; group < Traits::kGroups; ++group) {
+      mbarrier_wait(cta.q_empty(group, at.stage), at.parity ^ 1);
+      load_queries(cta, work, group, at.stage, pair, thread);
+    }
+    at.advance();
+  };
+  ItemPosition item_at;
+#pragma unroll 1
+  for (int i = blockIdx.x; i < cta.num_items; i += gridDim.x) {
+    publish_next();
+    mbarrier_wait(cta.item_full(item_at.stage), item_at.parity);
+    const SelectItem& item = cta.item(item_at.stage);
+    const bool is_empty = item.work.num_queries <= 0 || item.num_tiles == 0;
+    const int rounds = is_empty ? 0 : cta.streams_queries() ? item.num_tiles : 1;
+#pragma unroll 1
+    for (int round = 0; round < rounds; ++round) {
+#pragma unroll 1
+      for (int pair = 0; pair < cta.num_pairs(); ++pair) load(item.work, pair);
+    }
+    __syncwarp();
+    if (thread % kWarpSize == 0) mbarrier_arrive(cta.item_empty(item_at.stage));
+    item_at.advance();
   }
 }
 

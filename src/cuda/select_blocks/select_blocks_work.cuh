@@ -72,20 +72,21 @@ inline Band make_select_band(const CompressedMask& mask) {
           Band::kUnlimited};
 }
 
-// What CTA blockIdx.x computes when CTAs own kTileQ queries of one KV head.
+// What work item `index` of `count` is when items are kTileQ queries of one KV head.
 template <int kTileQ>
-__device__ SelectWork find_select_work(const SelectBlocksParams& p, const Band& band) {
+__device__ SelectWork find_select_work(const SelectBlocksParams& p, const Band& band, int index,
+                                       int count) {
   const int num_heads = static_cast<int>(p.shape.num_heads_kv);
   const int batch = static_cast<int>(p.packing.batch);
   // Latest queries first: they see the most keys.
-  const int slot = static_cast<int>(gridDim.x) / num_heads - 1 - blockIdx.x / num_heads;
+  const int slot = count / num_heads - 1 - index / num_heads;
   const TileSlot tile = find_tile(p.packing.cu_q, batch, slot, kTileQ);
   const RowRange queries =
       rows_of(p.packing.cu_q, batch, tile.seq, static_cast<int>(p.packing.total_q));
   const RowRange keys = rows_of(p.mask.cu_cmp, batch, tile.seq, static_cast<int>(p.mask.total_cmp));
   const bool is_sequence = tile.seq < batch;
   SelectWork work;
-  work.kv_head = blockIdx.x % num_heads;
+  work.kv_head = index % num_heads;
   work.first_head = work.kv_head * static_cast<int>(p.shape.group_size());
   work.token = int64_t{queries.begin} + tile.first;
   work.num_queries = min(queries.count - tile.first, kTileQ);
