@@ -73,7 +73,7 @@ struct Sampled {
 
 // A CTA a (sample, query head): logits of the windows and lse of the visible ones.
 static __global__ void logits_kernel(SelectBlocksParams p, const Sampled* samples, int max_keys,
-                              double* logits, double* lse) {
+                                     double* logits, double* lse) {
   __shared__ double part[256];
   const Sampled s = samples[blockIdx.x];
   const int head = blockIdx.y, kv = head / static_cast<int>(p.shape.group_size());
