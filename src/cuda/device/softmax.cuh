@@ -25,9 +25,9 @@ struct OnlineSoftmax {
   static constexpr float kScaleUp = 1 << kHeadroom<Element>;
   // P stays below 2^kSlack: far inside both ranges.
   static constexpr float kSlack = 8;
-  static constexpr float kLargeReference = 1 << 20;  // its digits are worth 2^-3
-  float max[2 * kM];                                 // the reference: a scaled score of the row
-  float sum[2 * kM];                                 // this lane's columns only, until finish()
+  static constexpr float kMaxExponent = 15;  // what fp16 holds, with room for kSlack
+  float max[2 * kM];                         // the reference: a scaled score of the row
+  float sum[2 * kM];                         // this lane's columns only, until finish()
 
   __device__ __forceinline__ void init() {
 #pragma unroll
@@ -61,8 +61,8 @@ struct OnlineSoftmax {
       top[0] = fmaxf(top[0], fmaxf(s[n][0], s[n][1]));
       top[1] = fmaxf(top[1], fmaxf(s[n][2], s[n][3]));
     }
-    top[0] = quad_max(top[0]) * scale_log2;
-    top[1] = quad_max(top[1]) * scale_log2;
+    top[0] = reference(quad_max(top[0]), scale_log2);
+    top[1] = reference(quad_max(top[1]), scale_log2);
     const bool is_outgrown = top[0] > max[2 * m] + kSlack || top[1] > max[2 * m + 1] + kSlack;
     if (!__any_sync(kFullMask, is_outgrown)) return false;
 #pragma unroll
@@ -85,6 +85,17 @@ struct OnlineSoftmax {
     }
   }
 
+  // The reference is a rounded product, so P of the best key is off by a power of two: up to half a
+  // digit of it, 2^64 at logits of 1e9. It cancels in o, for which fp16 has not the exponents. There
+  // the reference is rounded down, and what is above it by no more than a digit counts as equal.
+  static __device__ __forceinline__ float reference(float top, float scale_log2) {
+    return kIsBf16<Element> ? top * scale_log2 : __fmul_rd(top, scale_log2);
+  }
+  static __device__ __forceinline__ float power(float score, float scale_log2, float shift) {
+    const float exponent = fmaf(score, scale_log2, -shift);
+    return exp2_approx(kIsBf16<Element> ? exponent : fminf(exponent, kMaxExponent));
+  }
+
   // Scores to probabilities, in place.
   template <int kN>
   __device__ __forceinline__ void exponentiate(int m, float (&s)[kN][4], float scale_log2) {
@@ -94,7 +105,6 @@ struct OnlineSoftmax {
     for (int half = 0; half < 2; ++half) {
       shift[half] = max[2 * m + half] == -INFINITY ? 0.f : max[2 * m + half];
     }
-    if constexpr (!kIsBf16<Element>) center_large(s, shift, scale_log2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float part = 0.f;
@@ -102,36 +112,11 @@ struct OnlineSoftmax {
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          s[n][e] = exp2_approx(fmaf(s[n][e], scale_log2, -shift[half]));
+          s[n][e] = power(s[n][e], scale_log2, shift[half]);
         }
         part += s[n][2 * half] + s[n][2 * half + 1];
       }
       sum[2 * m + half] += part;
-    }
-  }
-
-  // The reference is a rounded product: the exact one lies up to half a digit beside it, 2^-24 of its
-  // size, and all P of the row are off by that power of two. It cancels in o, but at logits of 1e8 it
-  // is too much for fp16. So the scores of such a row become differences of rounded products first,
-  // with which the best key has P = 1.
-  template <int kN>
-  static __device__ __forceinline__ void center_large(float (&s)[kN][4], float (&shift)[2],
-                                                      float scale_log2) {
-    const bool is_large[2] = {fabsf(shift[0]) > kLargeReference, fabsf(shift[1]) > kLargeReference};
-    if (!__any_sync(kFullMask, is_large[0] || is_large[1])) return;
-    const float unscale = 1.f / scale_log2;
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int half = e / 2;
-        const float centred = __fsub_rn(__fmul_rn(s[n][e], scale_log2), shift[half]) * unscale;
-        s[n][e] = is_large[half] ? centred : s[n][e];
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (is_large[half]) shift[half] = 0.f;
     }
   }
 
@@ -157,8 +142,8 @@ struct OnlineSoftmax {
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float x = exp2_approx(fmaf(s[n][2 * half], scale_log2, -shift[half]));
-        const float y = exp2_approx(fmaf(s[n][2 * half + 1], scale_log2, -shift[half]));
+        const float x = power(s[n][2 * half], scale_log2, shift[half]);
+        const float y = power(s[n][2 * half + 1], scale_log2, shift[half]);
         sum[2 * m + half] += x + y;
         p[n][half] = scale_down(pack_pair<Element>(x, y));
       }
