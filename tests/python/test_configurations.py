@@ -4,11 +4,16 @@ import pytest
 import torch
 from cases import Shape, check_case, nsa_case, selected_case
 from selection import Selection
-from support import device_types
+from support import DEVICES
 
 from fsattn._bench_configs import CONFIGS, PUBLISHED
 
 QUERIES = [9, 3]
+# One type each: the definition takes seconds for the longest of them.
+TYPES = [
+    pytest.param("cpu", torch.float32, id="cpu-float32"),
+    pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=DEVICES[1].marks),
+]
 
 
 def _shape(config):
@@ -28,7 +33,7 @@ def _shape(config):
     )
 
 
-@pytest.mark.parametrize(("device", "dtype"), device_types([torch.float32]))
+@pytest.mark.parametrize(("device", "dtype"), TYPES)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_forward_and_backward(name, device, dtype):
     """The whole operator, or the selected branch alone where the selection comes from outside."""
@@ -40,7 +45,7 @@ def test_forward_and_backward(name, device, dtype):
     check_case(case, dtype, device)
 
 
-@pytest.mark.parametrize(("device", "dtype"), device_types([torch.float32]))
+@pytest.mark.parametrize(("device", "dtype"), TYPES)
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if CONFIGS[name].has_compression])
 def test_selection(name, device, dtype):
     config, shape = CONFIGS[name], _shape(CONFIGS[name])
