@@ -70,9 +70,7 @@ __device__ __forceinline__ void sum_rows(const GateStatsParams& p, const StatsTi
 
 __device__ __forceinline__ void store_row_stats(const BranchStats& branch, bool is_selected,
                                                 const GateShape& shape, int64_t token, int64_t head,
-                                                float log_gate, float delta) {
-  const float lse =
-      static_cast<const float*>(branch.lse.data)[head * branch.lse.head_stride + token];
+                                                float lse, float log_gate, float delta) {
   // A row without keys: its o is 0 and its lse stays -inf, whatever the gate and dO.
   const bool has_keys = lse != -INFINITY;
   const float gated = has_keys ? lse - log_gate : lse;
@@ -120,12 +118,18 @@ __global__ void __launch_bounds__(kGateThreads)
   const BranchStats& branch = b == 0 ? p.cmp : b == 1 ? p.sel : p.win;
   float total = 0.f;  // over all heads, for gates per token: of threads with h = 0
   for (int head0 = tile.first_head; head0 < tile.last_head; head0 += kStatsHeads) {
+    const bool has_row = has_token && head0 + h < tile.last_head;
+    const int64_t head = head0 + h;
+    float x = 0.f, lse = 0.f;  // under way while the rows are
+    if (has_row) {
+      x = logit_of<Element>(p, token, head, b);
+      lse = static_cast<const float*>(branch.lse.data)[head * branch.lse.head_stride + token];
+    }
     sum_rows<Element, kLanes>(p, tile, head0, sums);
     __syncthreads();
-    if (has_token && head0 + h < tile.last_head) {
-      const int64_t head = head0 + h;
-      const float x = logit_of<Element>(p, token, head, b), g = sigmoid(x);
-      store_row_stats(branch, b == 1, p.shape, token, head, log_sigmoid(x), sums[b][h][t]);
+    if (has_row) {
+      const float g = sigmoid(x);
+      store_row_stats(branch, b == 1, p.shape, token, head, lse, log_sigmoid(x), sums[b][h][t]);
       if (!is_per_token) {
         store_logit_gradient<Element>(p, token, head, b, sums[b][h][t] * g * (1.f - g));
       }
