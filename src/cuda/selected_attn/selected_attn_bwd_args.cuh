@@ -18,7 +18,7 @@ struct BwdArgs {
   float2* stats;     // [total_q, Hq] {lse in base 2, rowsum(dO * O) - dlse}
   void* dq_partial;  // [segments of the launch, range, partials, G, D] input dtype
   uint8_t* marks;    // [segments of the launch, range, partials] 1: the partial rows were written
-  float* dkv_items;  // [segments of the launch, item capacity, keys, D + Dv]
+  float* dkv_items;  // [segments of the launch, item capacity, keys, D + Dv]; sm_90a: input dtype
   float*
       dkv_sum;  // [total_k, D + Dv] of the one KV head of a launch; null: launches hold whole heads
   int* part_items;  // [segments of the launch, num_parts + 1]

@@ -51,9 +51,11 @@ void launch_sums(const BwdArgs& a, const ItemArgs& build, int64_t heads, cudaStr
                   static_cast<unsigned>(a.list.num_segments));
   constexpr bool kInterleaved = kConfig.arch == Arch::kSm90a;
   selected_attn_dq_kernel<Element, kLanes, kInterleaved><<<grid, kReduceThreads, 0, stream>>>(a);
-  const int slices = ceil_div(a.keys * (a.chunks_qk + a.chunks_v) * 2, kDkvSlice);
+  using Sum = std::conditional_t<kInterleaved, DkvOfWgmma<Element>, DkvOfFp32<Element>>;
+  const int slices =
+      ceil_div(a.keys * (a.chunks_qk + a.chunks_v) * 8 / Sum::kColumns, kDkvSlice<Sum>);
   const dim3 parts(static_cast<unsigned>(a.num_parts * slices), static_cast<unsigned>(heads));
-  selected_attn_dkv_kernel<Element><<<parts, kReduceThreads, 0, stream>>>(DkvArgs{a, build});
+  selected_attn_dkv_kernel<Sum><<<parts, kReduceThreads, 0, stream>>>(DkvArgs{a, build});
 }
 
 // The main kernel of a row: how many CTAs of it the device holds, and its launch.

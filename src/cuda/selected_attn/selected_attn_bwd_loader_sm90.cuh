@@ -18,6 +18,7 @@ struct BwdWgmmaTraits {
   static constexpr int kConsumerRegisters = 208, kLoaderRegisters = 48;
   static constexpr int kStages = 256 / kD, kItems = 4;
   static constexpr int kRowBytes = kD * 2, kChunks = kD / 8;
+  static constexpr int kDkvRowBytes = 2 * kRowBytes;     // of a key of an item
   static constexpr int kStepRows = kWarpSize / kChunks;  // of one 16-byte access of a warp
   // Tiles have 64 rows and panels of 64 columns: rows of 128 bytes, 128-byte swizzle.
   static constexpr int kPanels = kD / 64, kPanelBytes = 64 * 128;

@@ -99,26 +99,80 @@ __global__ void __launch_bounds__(kReduceThreads)
   for (int i = 0; i < 4; ++i) *pair_of_dq(i) = device::pack_pair<Element>(sum[i].x, sum[i].y);
 }
 
-// Four columns of the row [dk, dv] of a key.
-template <class Element>
-__device__ __forceinline__ void store_dkv_vector(const BwdArgs& a, int64_t token, int kv_head,
-                                                 int column, float4 sum) {
-  const int dims_qk = a.chunks_qk * 8;
-  const bool is_k = column < dims_qk;
-  Element* out = row_pointer16<Element>(is_k ? a.attn.dk : a.attn.dv, token, kv_head) +
-                 (is_k ? column : column - dims_qk);
-  auto* pairs = reinterpret_cast<uint2*>(out);
-  if (a.attn.accumulate_dkv) {
-    const float2 low = device::unpack_pair<Element>(pairs->x);
-    const float2 high = device::unpack_pair<Element>(pairs->y);
-    sum = {sum.x + low.x, sum.y + low.y, sum.z + high.x, sum.w + high.y};
+// What a thread sums of the row [dk, dv] of a key in the work items of a part. Items of mma.sync are fp32: 16
+// bytes are four columns.
+template <class Element_>
+struct DkvOfFp32 {
+  using Element = Element_;
+  using Loaded = float4;
+  static constexpr int kColumns = 4, kVectors = 2;  // a thread
+  float4 sum;
+
+  __device__ __forceinline__ void load(const float* total) {
+    sum = *reinterpret_cast<const float4*>(total);
   }
-  *pairs = {device::pack_pair<Element>(sum.x, sum.y), device::pack_pair<Element>(sum.z, sum.w)};
-}
+  __device__ __forceinline__ void store(float* total) const {
+    *reinterpret_cast<float4*>(total) = sum;
+  }
+  __device__ __forceinline__ void add(const float4& x) {
+    sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+  }
+  // To dk or dv of a key, from `column` on.
+  __device__ __forceinline__ void write(Element* row, int column, bool accumulates) const {
+    auto* pairs = reinterpret_cast<uint2*>(row + column);
+    float4 x = sum;
+    if (accumulates) {
+      const float2 low = device::unpack_pair<Element>(pairs->x);
+      const float2 high = device::unpack_pair<Element>(pairs->y);
+      x = {x.x + low.x, x.y + low.y, x.z + high.x, x.w + high.y};
+    }
+    *pairs = {device::pack_pair<Element>(x.x, x.y), device::pack_pair<Element>(x.z, x.w)};
+  }
+};
+
+// Items of wgmma have the input type and the order of columns of the accumulators, as dQ: 16 bytes are
+// pairs of four 8-column groups.
+template <class Element_>
+struct DkvOfWgmma {
+  using Element = Element_;
+  using Loaded = uint4;
+  static constexpr int kColumns = 8, kVectors = 1;  // a thread
+  float2 sum[4];
+
+  __device__ __forceinline__ void load(const float* total) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = reinterpret_cast<const float2*>(total)[i];
+  }
+  __device__ __forceinline__ void store(float* total) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) reinterpret_cast<float2*>(total)[i] = sum[i];
+  }
+  __device__ __forceinline__ void add(const uint4& x) {
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = device::unpack_pair<Element>(words[i]);
+      sum[i] = {sum[i].x + pair.x, sum[i].y + pair.y};
+    }
+  }
+  __device__ __forceinline__ void write(Element* row, int column, bool accumulates) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      auto* to = reinterpret_cast<uint32_t*>(row + dq_column<true>(column / 8, i));
+      float2 x = sum[i];
+      if (accumulates) {
+        const float2 before = device::unpack_pair<Element>(*to);
+        x = {x.x + before.x, x.y + before.y};
+      }
+      *to = device::pack_pair<Element>(x.x, x.y);
+    }
+  }
+};
 
 // A part's rows of dk and dv are summed by several CTAs: the first block of a sequence may have hundreds of
 // items where others have a few, and one CTA would read them all.
-inline constexpr int kDkvVectors = 2, kDkvSlice = kDkvVectors * kReduceThreads;  // of 4 columns
+template <class Sum>
+inline constexpr int kDkvSlice = Sum::kVectors* kReduceThreads;
 
 // The items of a part in the ranges of a launch, in order.
 struct PartItems {
@@ -148,10 +202,9 @@ struct DkvArgs {
 
 // dk, dv of a part = sum of its items in the launch, in order, on top of the launches before. Grid
 // (parts times their slices, KV heads of the launch). Every part that holds keys is written, wanted or not.
-template <class Element>
+template <class Sum>
 __global__ void __launch_bounds__(kReduceThreads, 4)
     selected_attn_dkv_kernel(const __grid_constant__ DkvArgs args) {
-  constexpr int kVector = 4;
   const BwdArgs& a = args.bwd;
   const ItemArgs& b = args.items;
   const int num_slices = static_cast<int>(gridDim.x) / a.num_parts;
@@ -176,23 +229,24 @@ __global__ void __launch_bounds__(kReduceThreads, 4)
     end[r] = __ldg(part_items + 1);
   }
   __syncthreads();
-  const int dims = (a.chunks_qk + a.chunks_v) * 8, vectors = num_keys * dims / kVector;
-  const int64_t item_vectors = int64_t{a.keys} * dims / kVector;
-  auto* total = reinterpret_cast<float4*>(a.dkv_sum) + (k0 + key0) * dims / kVector;
-  const int i0 = (blockIdx.x - part * num_slices) * kDkvSlice + threadIdx.x;
-  float4 sum[kDkvVectors] = {};
-  bool exists[kDkvVectors];
+  const int dims = (a.chunks_qk + a.chunks_v) * 8, vectors = num_keys * dims / Sum::kColumns;
+  const int64_t item_vectors = int64_t{a.keys} * dims / Sum::kColumns;
+  float* total = a.dkv_sum + (k0 + key0) * dims;
+  const int i0 = (blockIdx.x - part * num_slices) * kDkvSlice<Sum> + threadIdx.x;
+  Sum sum[Sum::kVectors] = {};
+  bool exists[Sum::kVectors];
 #pragma unroll
-  for (int u = 0; u < kDkvVectors; ++u) {
+  for (int u = 0; u < Sum::kVectors; ++u) {
     exists[u] = i0 + u * kReduceThreads < vectors;
-    if (!a.is_first && exists[u]) sum[u] = total[i0 + u * kReduceThreads];
+    if (!a.is_first && exists[u])
+      sum[u].load(total + int64_t{i0 + u * kReduceThreads} * Sum::kColumns);
   }
   // Loads of several items are in flight, but they are added in order.
-  constexpr int kUnroll = 4;
-  const auto* items = reinterpret_cast<const float4*>(a.dkv_items) + i0;
+  constexpr int kUnroll = 8 / Sum::kVectors;
+  const auto* items = reinterpret_cast<const typename Sum::Loaded*>(a.dkv_items) + i0;
   PartItems next{begin, end, num_ranges};
   for (bool has_more = true; has_more;) {
-    float4 x[kUnroll][kDkvVectors] = {};
+    typename Sum::Loaded x[kUnroll][Sum::kVectors] = {};
 #pragma unroll
     for (int n = 0; n < kUnroll; ++n) {
       int item;
@@ -200,28 +254,30 @@ __global__ void __launch_bounds__(kReduceThreads, 4)
       if (!has_more) continue;
       const int64_t number = int64_t{first_segment + next.range} * a.list.capacity + item;
 #pragma unroll
-      for (int u = 0; u < kDkvVectors; ++u) {
+      for (int u = 0; u < Sum::kVectors; ++u) {
         if (exists[u]) x[n][u] = __ldcs(items + number * item_vectors + u * kReduceThreads);
       }
     }
 #pragma unroll
     for (int n = 0; n < kUnroll; ++n) {
 #pragma unroll
-      for (int u = 0; u < kDkvVectors; ++u) {
-        sum[u] = {sum[u].x + x[n][u].x, sum[u].y + x[n][u].y, sum[u].z + x[n][u].z,
-                  sum[u].w + x[n][u].w};
+      for (int u = 0; u < Sum::kVectors; ++u) {
+        sum[u].add(x[n][u]);
       }
     }
   }
 #pragma unroll
-  for (int u = 0; u < kDkvVectors; ++u) {
+  for (int u = 0; u < Sum::kVectors; ++u) {
     const int i = i0 + u * kReduceThreads;
     if (!exists[u]) continue;
     if (a.is_last) {
-      const int key = i * kVector / dims;
-      store_dkv_vector<Element>(a, k0 + key0 + key, kv_head, i * kVector - key * dims, sum[u]);
+      const int key = i * Sum::kColumns / dims, column = i * Sum::kColumns - key * dims;
+      const bool is_k = column < a.chunks_qk * 8;
+      using Element = typename Sum::Element;
+      Element* row = row_pointer16<Element>(is_k ? a.attn.dk : a.attn.dv, k0 + key0 + key, kv_head);
+      sum[u].write(row, is_k ? column : column - a.chunks_qk * 8, a.attn.accumulate_dkv);
     } else {
-      total[i] = sum[u];
+      sum[u].store(total + int64_t{i} * Sum::kColumns);
     }
   }
 }

@@ -228,20 +228,27 @@ __device__ __forceinline__ void consume_tile(const BwdArgs& a, BwdWgmmaStorage<T
   write_dq<T>(packed, columns + (T::kPanels - 1) * 128, to);
 }
 
-// The item's dK and dV, fp32 [keys][D + Dv]; `out` is the lane's first element.
+// The item's dK and dV, [keys][D + Dv] in the order of dQ's columns; `out` is the lane's first 16 bytes.
 template <class T>
-__device__ __forceinline__ void store_dkv(float* out, int num_keys, float scale,
+__device__ __forceinline__ void store_dkv(char* out, int num_keys, float scale,
                                           const typename T::Gradient& dk,
                                           const typename T::Gradient& dv) {
+  using Element = typename T::Element;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (half * 8 >= num_keys) continue;
-    float* row = out + half * 8 * 2 * T::kD;
+    char* row = out + half * 8 * T::kDkvRowBytes;
 #pragma unroll
-    for (int n = 0; n < T::kD / 8; ++n) {
-      const int i = 4 * n + 2 * half;
-      *reinterpret_cast<float2*>(row + n * 8) = {dk[i] * scale, dk[i + 1] * scale};
-      *reinterpret_cast<float2*>(row + T::kD + n * 8) = {dv[i], dv[i + 1]};
+    for (int j = 0; j < T::kD / 32; ++j) {
+      uint32_t x[4], y[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int i = 16 * j + 4 * n + 2 * half;
+        x[n] = device::pack_pair<Element>(dk[i] * scale, dk[i + 1] * scale);
+        y[n] = device::pack_pair<Element>(dv[i], dv[i + 1]);
+      }
+      *reinterpret_cast<uint4*>(row + j * 64) = {x[0], x[1], x[2], x[3]};
+      *reinterpret_cast<uint4*>(row + T::kRowBytes + j * 64) = {y[0], y[1], y[2], y[3]};
     }
   }
 }
@@ -258,10 +265,8 @@ __device__ __forceinline__ void consume(const BwdArgs& a, BwdWgmmaStorage<T>& s,
     // Behind the last tile the buffer belongs to another item.
     const int num_rows = s.at[buffer].num_rows, key = warp * 16 + lane / 4;
     const int num_keys = item.num_keys - key;
-    float* out =
-        a.dkv_items +
-        ((int64_t{item.segment} * a.list.capacity + item.number) * T::kKeys + key) * 2 * T::kD +
-        lane % 4 * 2;
+    const int64_t first = (int64_t{item.segment} * a.list.capacity + item.number) * T::kKeys + key;
+    char* out = reinterpret_cast<char*>(a.dkv_items) + first * T::kDkvRowBytes + lane % 4 * 16;
     typename T::Gradient dk = {}, dv = {};
     device::mbarrier_wait(device::smem_address(&s.kv_full), n & 1);
     for (int row = 0; row < num_rows; row += T::kRows, ++use) {
