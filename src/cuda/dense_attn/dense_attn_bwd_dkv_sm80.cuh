@@ -188,9 +188,8 @@ __device__ __forceinline__ void probabilities(uint32_t (&packed)[kM][kN][2], flo
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        packed[m][n][half] = device::pack_pair<Element>(
-            device::probability<Element>(s[m][n][2 * half], scale_log2, x),
-            device::probability<Element>(s[m][n][2 * half + 1], scale_log2, y));
+        packed[m][n][half] = device::probability_pair<Element>(
+            {s[m][n][2 * half], s[m][n][2 * half + 1]}, scale_log2, {x, y});
       }
     }
   }

@@ -65,8 +65,8 @@ __device__ __forceinline__ void score_gradient(uint32_t (&ds)[kM][kN][2],
     const auto [lse_log2, delta] = stats[i * 8];
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      const float p0 = device::probability<Element>(s[m][n][e], scale_log2, lse_log2);
-      const float p1 = device::probability<Element>(s[m][n][e + 1], scale_log2, lse_log2);
+      const float p0 = device::probability(s[m][n][e], scale_log2, lse_log2);
+      const float p1 = device::probability(s[m][n][e + 1], scale_log2, lse_log2);
       ds[m][n][i % 2] =
           device::pack_pair<Element>(p0 * (dp[m][n][e] - delta), p1 * (dp[m][n][e + 1] - delta));
     }

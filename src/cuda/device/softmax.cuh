@@ -12,11 +12,24 @@ template <class Element>
 inline constexpr int kHeadroom = kIsBf16<Element> ? 24 : 0;
 
 // P of the backward, from the statistics of the forward. It is at most 1, but where logits reach 1e7
-// the digits of lse are so coarse that the exponent may come out at +10: fp16 would overflow.
-template <class Element>
+// the digits of lse are so coarse that the exponent may come out at +10, at 1e9 at +64.
 __device__ __forceinline__ float probability(float score, float scale_log2, float lse_log2) {
-  const float exponent = fmaf(score, scale_log2, -lse_log2);
-  return exp2_approx(kIsBf16<Element> ? exponent : fminf(exponent, 0.f));
+  return exp2_approx(fminf(fmaf(score, scale_log2, -lse_log2), 0.f));
+}
+
+// Two of them, packed: one instruction bounds both.
+template <class Element>
+__device__ __forceinline__ uint32_t probability_pair(float2 score, float scale_log2,
+                                                     float2 lse_log2) {
+  const uint32_t pair = pack_pair<Element>(exp2_approx(fmaf(score.x, scale_log2, -lse_log2.x)),
+                                           exp2_approx(fmaf(score.y, scale_log2, -lse_log2.y)));
+  uint32_t bounded;
+  if constexpr (kIsBf16<Element>) {
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(bounded) : "r"(pair), "r"(0x3f803f80u));
+  } else {
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(bounded) : "r"(pair), "r"(0x3c003c00u));
+  }
+  return bounded;
 }
 
 // A warp's rows: accumulator row 2 m + h of a lane is row m * 16 + h * 8 + lane / 4.
