@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/check.h"
 #include "base/math.h"
 #include "run/backends.h"
 #include "run/nsa.h"
@@ -235,15 +236,18 @@ void run_paged_attn(const PagedAttnPlan& plan, const PagedAttnParams& params, vo
     run_nsa_fwd(plan.steps, steps, scratch, stream);
     return;
   }
-  // Copies use memory where the products of the compressed branch leave it alone.
+  // Copies use memory where the products of the compressed branch leave it alone, and the tiles of the window
+  // fill the SMs that run out of those of compressed attention. Neither needs scratch memory.
+  FSATTN_ASSERT(plan.steps.window.workspace_bytes == 0);
   gather.part = GatherPart::kCompressed;
   backend.paged_gather(plan.kernel.row, gather, stream);
   const Stream side = backend.fork_stream(stream);
   gather.part = GatherPart::kTokens;
   backend.paged_gather(plan.kernel.row, gather, side);
   run_nsa_fwd_compressed(plan.steps, steps, scratch, stream);
+  run_nsa_fwd_window(plan.steps, steps, scratch, side);
   backend.join_stream(side, stream);
-  run_nsa_fwd_tokens(plan.steps, steps, scratch, stream);
+  run_nsa_fwd_selected(plan.steps, steps, scratch, stream);
 }
 
 void run_paged_selected(const PagedSelectedPlan& plan, const PagedSelectedParams& params,
