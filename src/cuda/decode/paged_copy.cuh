@@ -3,7 +3,7 @@
 // Shapes   params/paged.h.
 // Tiles    write, scatter: 16 or 32 threads a (token, head), 16 bytes each; gather: one CTA 16 tokens.
 // Order    paged_write reads the old tokens that open windows need before it overwrites raw keys: two
-//          kernels. Prefix sums of the lengths first, one CTA.
+//          kernels, unless raw keys keep their rows. Prefix sums of the lengths first, one CTA.
 // Bound    HBM: every byte read and written once.
 #pragma once
 #include "cuda/decode/paged_cache.cuh"
@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
-template <class Element>
+// The input of the compression; new tokens, which are all among it, are stored too where kStores.
+template <class Element, bool kStores>
 __global__ void __launch_bounds__(kPagedThreads)
     paged_gather_open_kernel(const __grid_constant__ PagedWriteParams p, int64_t rows) {
   using namespace device;
@@ -101,6 +102,9 @@ __global__ void __launch_bounds__(kPagedThreads)
   }
   if (lane < p.shape.head_dim_v / 8) {
     copy_vector(value, row_pointer<Element>(p.x_v, row, head), lane * 8);
+  }
+  if (kStores && token >= s.before) {
+    store_token<Element>(p, seq, token, s.total, s.first_row + token - s.before, head, lane);
   }
 }
 
@@ -239,15 +243,19 @@ void launch_paged_write(const PagedWriteParams& p, Stream stream) {
   using Element = device::ElementOf<kConfig.dtype>;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const int64_t heads = p.shape.num_heads_kv;
+  // No new token takes the place of a raw key.
+  const bool keeps_raw = p.raw.rows.data == nullptr || p.raw.size == p.cache.table.page_size;
+  const bool stores_open = p.cu_x != nullptr && keeps_raw;
   if (p.cu_x != nullptr) {
     paged_open_tokens_kernel<kPagedThreads><<<1, kPagedThreads, 0, cuda_stream>>>(p);
     const int64_t rows = p.packing.total_q + p.packing.batch * (p.kernel_size - 1);
     if (rows * heads > 0) {
-      paged_gather_open_kernel<Element>
-          <<<paged_ctas(rows, p.shape), kPagedThreads, 0, cuda_stream>>>(p, rows);
+      const auto kernel = stores_open ? paged_gather_open_kernel<Element, true>
+                                      : paged_gather_open_kernel<Element, false>;
+      kernel<<<paged_ctas(rows, p.shape), kPagedThreads, 0, cuda_stream>>>(p, rows);
     }
   }
-  if (p.packing.total_q * heads > 0) {
+  if (p.packing.total_q * heads > 0 && !stores_open) {
     paged_store_kernel<Element>
         <<<paged_ctas(p.packing.total_q, p.shape), kPagedThreads, 0, cuda_stream>>>(p);
   }
