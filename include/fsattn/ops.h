@@ -171,8 +171,8 @@ struct NativeSparseAttentionFwd {
   GateActivation activation = GateActivation::kSigmoid;
   bool select = true;
   size_t workspace_cap = size_t{1} << 30;
-  TensorView topk_idx;                                        // out, or in
-  TensorView o;                                               // out
+  TensorView topk_idx;  // out, or in
+  TensorView o;         // out
   // out; backward reads them. Without a backward o_sel may be left out: o holds it until the gate.
   TensorView o_cmp, o_sel, o_win, lse_cmp, lse_sel, lse_win;
 };
