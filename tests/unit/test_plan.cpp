@@ -301,7 +301,8 @@ TEST(nsa_backward_shares_dq) {
        {&many_heads.gate, &many_heads.compressed, &many_heads.selected, &many_heads.window}) {
     step->num_heads_kv = 2;
   }
-  const NsaBwdPlan separate = make_plan(many_heads, kH200);
+  EXPECT_TRUE(make_plan(many_heads, kH200).shares_dq);
+  const NsaBwdPlan separate = make_plan(nsa_bwd(DeviceType::kCuda), kA100);
   EXPECT_TRUE(!separate.shares_dq && separate.dq_sums.bytes == 0);
   EXPECT_TRUE(!make_plan(nsa_bwd(DeviceType::kCpu), cpu_with(2)).shares_dq);
 }
