@@ -37,9 +37,9 @@ struct PagedKeys {
   PageTable table;  // pages is null: k and v are packed
   int64_t page_rows;
   int64_t head_rows;
+  int64_t total_rows;  // behind the last of them
 
   constexpr bool defined() const { return table.pages != nullptr; }
-  constexpr int64_t total_rows() const { return table.num_pages * page_rows; }
 };
 
 struct AttnFwdTensors {

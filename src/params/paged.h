@@ -36,13 +36,13 @@ constexpr PagedKeys keys_in_pages(const PagedKvView& cache, int64_t heads) {
     const int64_t page =
         is_alone ? std::max(table.page_size * stride, heads * head) : rows.page_stride;
     if (page % stride != 0 || head % stride != 0) return {};
-    return {table, page / stride, head / stride};
+    const int64_t last = (table.num_pages - 1) * page + (heads - 1) * head;
+    return {table, page / stride, head / stride, last / stride + table.page_size};
   };
   const PagedKeys k = rows_of(cache.k), v = rows_of(cache.v);
   const bool is_same = k.page_rows == v.page_rows && k.head_rows == v.head_rows;
   constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1;
-  if (!is_same || k.page_rows <= 0 || k.page_rows > kMaxRows / table.num_pages) return {};
-  return k;
+  return is_same && k.page_rows > 0 && k.total_rows <= kMaxRows ? k : PagedKeys{};
 }
 
 // New token i of sequence b is row cu_q[b] + i and stands at position cache_seqlens[b] + i.

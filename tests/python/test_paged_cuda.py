@@ -213,6 +213,18 @@ def uneven_pages(cache):
     return uneven.copy_(cache)
 
 
+def heads_outside(cache, layout):
+    """The same values, stored as [heads, pages, tokens, dim]."""
+    order = (1, 0, 2, 3) if layout == "HND" else (2, 0, 1, 3)
+    back = (1, 0, 2, 3) if layout == "HND" else (1, 2, 0, 3)
+    return cache.permute(order).contiguous().permute(back)
+
+
+def every_other_page(cache):
+    """The same values, in every other page of a pool whose other pages are NaN."""
+    return torch.stack((cache, torch.full_like(cache, torch.nan)), 1)[:, 0]
+
+
 @pytest.mark.parametrize("mistake", [None, "page", "lengths"])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("page_size", [64, 256])
@@ -255,11 +267,16 @@ def test_attention_over_pages_in_place(page_size, layout, mistake):
         )
         return *both, *selected
 
-    found = attend(case.k_cache, case.v_cache)
-    wanted = attend(uneven_pages(case.k_cache), uneven_pages(case.v_cache))
-    for name, a, b in zip(("o", "topk_idx", "o of selected", "lse"), found, wanted):
-        assert_same_bits(name, a, b)
-    assert found[0].isfinite().all()
+    caches = (case.k_cache, case.v_cache)
+    wanted = attend(*map(uneven_pages, caches))
+    assert wanted[0].isfinite().all()
+    for stored in (
+        caches,
+        [heads_outside(x, layout) for x in caches],
+        [every_other_page(x) for x in caches],
+    ):
+        for name, a, b in zip(("o", "topk_idx", "o of selected", "lse"), attend(*stored), wanted):
+            assert_same_bits(name, a, b)
 
 
 @pytest.mark.alone

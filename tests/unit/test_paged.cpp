@@ -137,13 +137,17 @@ TEST(keys_in_pages_are_rows_of_one_stride) {
   const auto keys = [&](int64_t page, int64_t token, int64_t head, int64_t heads) {
     cache.k = cache.v = {nullptr, page, token, head};
     const PagedKeys found = keys_in_pages(cache, heads);
+    if (found.page_rows > 0) {
+      EXPECT_EQ(found.total_rows, 9 * found.page_rows + (heads - 1) * found.head_rows + 64);
+    }
     return std::pair(found.page_rows, found.head_rows);
   };
   using Found = std::pair<int64_t, int64_t>;
   EXPECT_TRUE(keys(64 * 256, 256, 128, 2) == Found(64, 0));       // [pages, tokens, heads, dim]
   EXPECT_TRUE(keys(2 * 64 * 256, 256, 128, 2) == Found(128, 0));  // every other page
   EXPECT_TRUE(keys(2 * 64 * 128, 128, 64 * 128, 2) ==
-              Found(128, 64));  // [pages, heads, tokens, dim]
+              Found(128, 64));                                       // [pages, heads, tokens, dim]
+  EXPECT_TRUE(keys(64 * 128, 128, 640 * 128, 2) == Found(64, 640));  // [heads, pages, tokens, dim]
   EXPECT_TRUE(keys(64 * 128, 128, 7, 1) == Found(64, 0));
   EXPECT_EQ(keys(64 * 256 + 8, 256, 128, 2).first, 0);
   EXPECT_EQ(keys(2 * 64 * 128 + 128, 128, 64 * 128 + 8, 2).first, 0);

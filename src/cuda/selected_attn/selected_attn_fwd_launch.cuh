@@ -207,7 +207,7 @@ requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) class MainKer
                                    T::kD, T::kKeys);
     }
     const int64_t heads = pages.head_rows > 0 ? 1 : params.attn.shape.num_heads_kv;
-    return device::make_rows_map(rows, kConfig.dtype, pages.total_rows(), heads, T::kD, T::kKeys);
+    return device::make_rows_map(rows, kConfig.dtype, pages.total_rows, heads, T::kD, T::kKeys);
   }
 
   CUtensorMap k_map_, v_map_;
