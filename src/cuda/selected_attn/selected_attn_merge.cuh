@@ -100,7 +100,7 @@ __device__ __forceinline__ int most_bits(unsigned x) {
 // One lane's 16 bytes of a query row.
 template <class Element, int kLanes>
 struct RowSum {
-  static constexpr int kUnroll = 8;  // rows in flight
+  static constexpr int kUnroll = 4;  // rows in flight
   float acc[8] = {};
   unsigned loading;  // the places whose rows are under way
   uint4 chunk[kUnroll];
@@ -174,7 +174,7 @@ __device__ __forceinline__ void apply_gate(const GateFwdParams& gate, int64_t to
 // and the partial rows of popular blocks; otherwise the statistics tell. kIsShort: at most 32 partial rows a
 // query row beside that one.
 template <class Element, int kLanes, bool kIsFragments, bool kHasTiles, bool kIsShort>
-__global__ void __launch_bounds__(kMergeThreads, kIsShort&& kLanes == 16 ? 6 : 5)
+__global__ void __launch_bounds__(kMergeThreads, kIsShort&& kLanes == 16 ? 8 : 5)
     selected_attn_merge_kernel(const __grid_constant__ FwdArgs a) {
   const RowSpace& space = a.space;
   const int segment = space.first_segment + blockIdx.y, kv_head = segment / space.num_ranges;
