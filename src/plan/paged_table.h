@@ -80,13 +80,10 @@ inline constexpr int64_t kDecodePooledBlocks = 1024;
 
 // Shared memory of a CTA: 16 queries, those of the next work item, and for each of four warps a
 // ring of chunks of 16 keys.
-constexpr int decode_stages(int head_dim, int head_dim_v) {
-  return head_dim + head_dim_v <= 320 ? 3 : 2;
-}
+inline constexpr int kDecodeStages = 2;
 constexpr size_t decode_smem(const DecodeConfig& c) {
-  const int stages = decode_stages(c.head_dim, c.head_dim_v);
   return static_cast<size_t>(kDecodeRows * 2 *
-                             (2 * c.head_dim + 4 * stages * (c.head_dim + c.head_dim_v)));
+                             (2 * c.head_dim + 4 * kDecodeStages * (c.head_dim + c.head_dim_v)));
 }
 
 // The selection keeps the windows of a step and the scores of all blocks in shared memory.

@@ -84,6 +84,13 @@ TEST(long_sequences_keep_block_scores) {
   EXPECT_EQ(choose_paged_fused(p, kH200).row, 1);
 }
 
+TEST(small_gpus_take_head_dims_up_to_192) {
+  PagedProblem p = llama(PagedOp::kAttn);
+  EXPECT_EQ(choose_paged_fused(p, kRtx).row, 1);
+  p.head_dim = 192;
+  EXPECT_EQ(choose_paged_fused(p, kRtx).row, 2);
+}
+
 TEST(what_is_not_fused) {
   const auto expect_refusal = [](PagedProblem p, const DeviceInfo& device, const char* reason) {
     const PagedChoice choice = choose_paged_fused(p, device);
@@ -100,7 +107,9 @@ TEST(what_is_not_fused) {
   p = llama(PagedOp::kAttn);
   p.num_heads_q = 8 * 65;
   expect_refusal(p, kH200, "a larger group than the fused kernels take");
-  expect_refusal(llama(PagedOp::kAttn), kRtx, "the device has too little shared memory");
+  p = llama(PagedOp::kAttn);
+  p.head_dim = p.head_dim_v = 256;
+  expect_refusal(p, kRtx, "the device has too little shared memory");
   p = llama(PagedOp::kAppend);
   p.max_q = p.max_seqlen_q = 9;
   expect_refusal(p, kH200, "more new tokens than the fused kernels take");

@@ -1,7 +1,7 @@
 // Attention of 16 query rows over keys in pages: what a CTA of the decoding kernels does.
 //
 // Keys come in chunks of 16, all in one page. A warp takes every fourth chunk of the CTA's list and
-// runs on its own: it copies K and V of its chunks through a ring of its own, two chunks ahead, and
+// runs on its own: it copies K and V of its chunks through a ring of its own, one chunk ahead, and
 // keeps a softmax and an output of its own. No warp waits for another until the four results are
 // combined at the end.
 #pragma once
@@ -21,7 +21,7 @@ struct DecodeTraits {
   using Element = device::ElementOf<kConfig.dtype>;
   static constexpr int kDim = kConfig.head_dim, kDimV = kConfig.head_dim_v;
   static constexpr int kWarps = 4, kThreads = kWarps * device::kWarpSize;
-  static constexpr int kStages = decode_stages(kDim, kDimV);
+  static constexpr int kStages = kDecodeStages;
   static constexpr int kQBytes = device::tile_bytes<kDim>(static_cast<int>(kDecodeRows));
   static constexpr int kKBytes = device::tile_bytes<kDim>(kDecodeChunk);
   static constexpr int kVBytes = device::tile_bytes<kDimV>(kDecodeChunk);

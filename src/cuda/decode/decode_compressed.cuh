@@ -9,7 +9,7 @@
 //          first chunks are on their way before the results of this one are combined.
 // Memory   per item K_c and V_c once (256 KB at head_dim 128); writes 4 bytes a (row, key) of
 //          scores and an fp32 output row a split.
-// Bound    HBM. Two CTAs an SM keep 128 KB of copies in flight.
+// Bound    HBM. Two CTAs an SM keep 64 KB of copies in flight.
 // Numbers  scores, statistics, partial outputs fp32. A split's bits depend on its sequence alone.
 #pragma once
 #include "cuda/decode/decode_attend.cuh"
