@@ -151,6 +151,7 @@ PagedProblem attention_problem(PagedOp op, const Arguments& args, const PagedSeq
                                const PagedQueries& in, const PagedKvView& cmp) {
   PagedProblem problem = paged_problem(op, args, {seq, in.packing, in.kv, in.cache, cmp});
   problem.num_heads_q = in.shape.num_heads_q;
+  problem.has_key_rows = keys_in_pages(in.cache, in.kv.num_heads_kv).page_rows > 0;
   return problem;
 }
 

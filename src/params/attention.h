@@ -30,6 +30,18 @@ struct WindowMask {
   int64_t window_size;
 };
 
+// Keys that stay in the pages of a cache: those of token p and KV head h are row
+// page * page_rows + h * head_rows + p % page_size of k and v. head_rows is 0 where a row has all heads;
+// else a row is that of one head. Ids outside the cache stand for zeros.
+struct PagedKeys {
+  PageTable table;  // pages is null: k and v are packed
+  int64_t page_rows;
+  int64_t head_rows;
+  int64_t total_rows;  // behind the last of them
+
+  constexpr bool defined() const { return table.pages != nullptr; }
+};
+
 struct AttnFwdTensors {
   Packing packing;
   AttnShape shape;
@@ -72,6 +84,9 @@ struct AttnFwdParams {
   // Block-major selected attention only: its merge writes o of the gate, whose other branches are ready.
   // o.data is null when there is no gate.
   GateFwdParams gate = {};
+  // Selected attention only, by rows that plan/paged_plan.h knows to read pages. Packing::cu_k still holds
+  // the lengths.
+  PagedKeys pages = {};
 };
 
 template <class Mask>

@@ -49,6 +49,17 @@ struct AttnShape {
   constexpr int64_t group_size() const { return num_heads_q / num_heads_kv; }
 };
 
+// Token p of sequence b lies in page pages[b * seq_stride + p / page_size], row p % page_size.
+struct PageTable {
+  const int32_t* pages;
+  int64_t seq_stride;
+  int64_t max_pages;  // columns
+  int64_t num_pages;  // of the cache: ids outside 0 .. num_pages - 1 are never dereferenced
+  int64_t page_size;
+
+  constexpr int64_t capacity() const { return max_pages * page_size; }
+};
+
 // Scratch memory of one call, sized by the plan. 256-byte aligned.
 struct Scratch {
   void* data;

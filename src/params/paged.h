@@ -1,6 +1,8 @@
 // Parameters over a paged KV cache. Semantics: fsattn/paged.h. On CUDA neither block tables nor
 // lengths are trusted.
 #pragma once
+#include <algorithm>
+
 #include "params/attention.h"
 #include "params/compress_kv.h"
 #include "params/gate.h"
@@ -16,21 +18,32 @@ struct PagedRows {
   int64_t head_stride;
 };
 
-// Token p of sequence b lies in page pages[b * seq_stride + p / page_size], row p % page_size.
-struct PageTable {
-  const int32_t* pages;
-  int64_t seq_stride;
-  int64_t max_pages;  // columns
-  int64_t num_pages;  // of the cache: ids outside 0 .. num_pages - 1 are never dereferenced
-  int64_t page_size;
-
-  constexpr int64_t capacity() const { return max_pages * page_size; }
-};
-
 struct PagedKvView {
   PagedRows k, v;
   PageTable table;
 };
+
+// Where the tokens of all pages are rows of one stride; page_rows is 0 where they are not, or too many for
+// 32 bits.
+constexpr PagedKeys keys_in_pages(const PagedKvView& cache, int64_t heads) {
+  const PageTable& table = cache.table;
+  const auto rows_of = [&](const PagedRows& rows) -> PagedKeys {
+    const int64_t stride = rows.token_stride;
+    const bool is_alone = table.num_pages == 1;  // the stride of its page means nothing
+    if (stride <= 0 || table.num_pages == 0) return {};
+    const bool has_heads = heads > 1 && rows.head_stride >= stride;  // rows of one head
+    const int64_t head = has_heads ? rows.head_stride : 0;
+    const int64_t page =
+        is_alone ? std::max(table.page_size * stride, heads * head) : rows.page_stride;
+    if (page % stride != 0 || head % stride != 0) return {};
+    const int64_t last = (table.num_pages - 1) * page + (heads - 1) * head;
+    return {table, page / stride, head / stride, last / stride + table.page_size};
+  };
+  const PagedKeys k = rows_of(cache.k), v = rows_of(cache.v);
+  const bool is_same = k.page_rows == v.page_rows && k.head_rows == v.head_rows;
+  constexpr int64_t kMaxRows = (int64_t{1} << 31) - 1;
+  return is_same && k.page_rows > 0 && k.total_rows <= kMaxRows ? k : PagedKeys{};
+}
 
 // New token i of sequence b is row cu_q[b] + i and stands at position cache_seqlens[b] + i.
 struct PagedPacking {
@@ -101,21 +114,33 @@ enum class GatherPart {
   kTokens,      // the rest, from the lengths
 };
 
+// Of the tokens, a gather brings those alone that a window over the new ones reaches; fewer, where they are
+// more than max_k.
+struct GatherWindow {
+  int64_t window_size;
+  int64_t max_k;      // of one sequence
+  int32_t* cu_k;      // [batch + 1] of k and v; null: a gather brings all tokens
+  int32_t* q_offset;  // [batch]: as much below that of all tokens as tokens are left out
+};
+inline constexpr int64_t kGatherWindowStep = 128;  // that many tokens are left out, or a multiple
+
 // Pages -> packed tensors of all tokens, the new ones included: the input of the operators over packed
 // sequences. Lengths are clamped to 0 .. max_k; the compressed ones follow from them. cmp.k.data is
-// null when there is no compressed cache; k_cmp, v_cmp and cu_cmp are unused then.
+// null when there is no compressed cache; k_cmp, v_cmp and cu_cmp are unused then. k.data is null when no
+// tokens are wanted.
 struct PagedGatherParams {
   PagedPacking packing;
   PagedShape shape;
   PagedKvView cache, cmp;
   int64_t kernel_size;
   int64_t kernel_stride;
-  Rows k, v;          // [batch * max_k, Hkv, D or Dv]
-  Rows k_cmp, v_cmp;  // [batch * num_windows(max_k), Hkv, D or Dv]
-  int32_t* cu_k;      // [batch + 1]
-  int32_t* cu_cmp;    // [batch + 1]
-  int32_t* q_offset;  // [batch]: cache_seqlens, 0 for negative ones
+  Rows k, v;                           // [batch * max_k, Hkv, D or Dv]
+  Rows k_cmp, v_cmp;                   // [batch * num_windows(max_k), Hkv, D or Dv]
+  int32_t* cu_k;                       // [batch + 1]
+  int32_t* cu_cmp;                     // [batch + 1]
+  int32_t* q_offset;                   // [batch]: cache_seqlens, 0 for negative ones
   GatherPart part = GatherPart::kAll;  // on the CPU always all
+  GatherWindow window = {};            // on the CPU none
 };
 
 // PagedWrite, compression and PagedScatter in one, for few new tokens a sequence.

@@ -53,6 +53,12 @@ PagedKernel choose_kernel(const PagedProblem& problem, const DeviceInfo& device,
   return kernel;
 }
 
+// Tokens of a sequence that windows over its new ones reach.
+int64_t window_tokens(const PagedProblem& problem) {
+  const int64_t reach = problem.max_q + problem.window_size + kGatherWindowStep - 1;
+  return std::min(problem.max_k, reach);
+}
+
 // A step over the packed copies. Fields that the operator does not have stay 0.
 Problem step_problem(Op op, const PagedProblem& problem) {
   Problem step;
@@ -101,14 +107,25 @@ Problem compress_problem(const PagedProblem& problem, int64_t head_dim) {
   return step;
 }
 
-PagedCopies add_copies(WorkspaceLayout& layout, const PagedProblem& problem) {
-  const int64_t tokens = packed_tokens(problem), windows = packed_windows(problem);
-  const int64_t heads = problem.num_heads_kv;
+// The rows of kSelectedAttnFwdTable that read pages.
+bool reads_pages(const PagedProblem& problem, const Plan& selected) {
+  return problem.has_key_rows && selected.arch == Arch::kSm90a &&
+         selected.algorithm == Algorithm::kBlockMajor;
+}
+
+PagedCopies add_copies(WorkspaceLayout& layout, const PagedProblem& problem, bool reads_pages) {
+  const int64_t windows = packed_windows(problem), heads = problem.num_heads_kv;
   FSATTN_CHECK(
-      tokens <= kMaxPackedTokens, kUnsupported, name_of(problem.op),
+      packed_tokens(problem) <= kMaxPackedTokens, kUnsupported, name_of(problem.op),
       ": without a fused kernel, sequences * max_seqlen_k must be smaller than 2^31, found ",
       problem.batch, " * ", problem.max_k);
   PagedCopies copies;
+  const bool has_window = problem.op == PagedOp::kAttn;
+  int64_t tokens = packed_tokens(problem);
+  if (reads_pages) {
+    copies.max_window_k = has_window ? window_tokens(problem) : 0;
+    tokens = problem.batch * copies.max_window_k;
+  }
   copies.k = layout.add(rows_bytes(problem, tokens, heads, problem.head_dim));
   copies.v = layout.add(rows_bytes(problem, tokens, heads, problem.head_dim_v));
   copies.k_cmp = layout.add(rows_bytes(problem, windows, heads, problem.head_dim));
@@ -116,6 +133,10 @@ PagedCopies add_copies(WorkspaceLayout& layout, const PagedProblem& problem) {
   copies.cu_k = layout.add(index_bytes(problem.batch + 1));
   copies.cu_cmp = layout.add(index_bytes(problem.batch + 1));
   copies.q_offset = layout.add(index_bytes(problem.batch));
+  if (reads_pages && has_window) {
+    copies.cu_window = layout.add(index_bytes(problem.batch + 1));
+    copies.q_offset_window = layout.add(index_bytes(problem.batch));
+  }
   return copies;
 }
 
@@ -162,18 +183,24 @@ PagedAttnPlan make_paged_attn_plan(const PagedProblem& problem, const DeviceInfo
     plan.topk_idx = layout.add(index_bytes(problem.num_heads_kv * problem.total_q * problem.topk));
   }
   if (!plan.kernel.is_fused) {
-    plan.copies = add_copies(layout, problem);
+    NsaFwdProblem steps{true,
+                        step_problem(Op::kCompressedAttn, problem),
+                        step_problem(Op::kSelectBlocks, problem),
+                        step_problem(Op::kSelectedAttn, problem),
+                        step_problem(Op::kWindowAttn, problem),
+                        step_problem(Op::kGate, problem)};
+    plan.reads_pages = reads_pages(problem, make_plan(steps.selected, device));
+    plan.copies = add_copies(layout, problem, plan.reads_pages);
+    if (plan.reads_pages) {
+      plan.kernel.reason += ", selected_attention reads the pages";
+      steps.window.max_k = plan.copies.max_window_k;
+      steps.window.total_k = problem.batch * steps.window.max_k;
+    }
     const size_t o = rows_bytes(problem, problem.total_q, problem.num_heads_q, problem.head_dim_v);
     const size_t lse = static_cast<size_t>(problem.total_q * problem.num_heads_q) *
                        size_of(stats_dtype(problem.dtype));
     for (Region* region : {&plan.o_cmp, &plan.o_sel, &plan.o_win}) *region = layout.add(o);
     for (Region* region : {&plan.lse_cmp, &plan.lse_sel, &plan.lse_win}) *region = layout.add(lse);
-    const NsaFwdProblem steps{true,
-                              step_problem(Op::kCompressedAttn, problem),
-                              step_problem(Op::kSelectBlocks, problem),
-                              step_problem(Op::kSelectedAttn, problem),
-                              step_problem(Op::kWindowAttn, problem),
-                              step_problem(Op::kGate, problem)};
     plan.steps = make_plan(steps, device);
     plan.workspace_cap = problem.workspace_cap;
     scratch = plan.steps.workspace_bytes;
@@ -189,8 +216,10 @@ PagedSelectedPlan make_paged_selected_plan(const PagedProblem& problem, const De
   size_t scratch = 0;
   plan.kernel = choose_kernel(problem, device, &scratch);
   if (!plan.kernel.is_fused) {
-    plan.copies = add_copies(layout, problem);
     plan.selected = make_plan(step_problem(Op::kSelectedAttn, problem), device);
+    plan.reads_pages = reads_pages(problem, plan.selected);
+    if (plan.reads_pages) plan.kernel.reason += ", selected_attention reads the pages";
+    plan.copies = add_copies(layout, problem, plan.reads_pages);
     plan.workspace_cap = problem.workspace_cap;
     scratch = plan.selected.workspace_bytes;
   }

@@ -7,11 +7,13 @@ namespace fsattn {
 
 void run_nsa_fwd(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
                  Stream stream);
-// Its two halves: what reads compressed keys, and what reads tokens.
+// Its parts: what reads compressed keys, what reads tokens near the queries, and the rest.
 void run_nsa_fwd_compressed(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
                             Stream stream);
-void run_nsa_fwd_tokens(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
+void run_nsa_fwd_window(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
                         Stream stream);
+void run_nsa_fwd_selected(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
+                          Stream stream);
 void run_nsa_bwd(const NsaBwdPlan& plan, const NsaBwdParams& params, void* workspace,
                  Stream stream);
 

@@ -7,7 +7,8 @@ namespace fsattn {
 void run_nsa_fwd(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
                  Stream stream) {
   run_nsa_fwd_compressed(plan, params, workspace, stream);
-  run_nsa_fwd_tokens(plan, params, workspace, stream);
+  run_nsa_fwd_window(plan, params, workspace, stream);
+  run_nsa_fwd_selected(plan, params, workspace, stream);
 }
 
 void run_nsa_fwd_compressed(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
@@ -19,10 +20,14 @@ void run_nsa_fwd_compressed(const NsaFwdPlan& plan, const NsaFwdParams& params, 
   }
 }
 
-void run_nsa_fwd_tokens(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
+void run_nsa_fwd_window(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
                         Stream stream) {
+  run_step(plan.window, params.window, scratch_in(workspace, plan.scratch), stream);  // -> o_win
+}
+
+void run_nsa_fwd_selected(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
+                          Stream stream) {
   const Scratch scratch = scratch_in(workspace, plan.scratch);
-  run_step(plan.window, params.window, scratch, stream);  // q, k, v -> o_win
   SelectedAttnFwdParams selected = params.selected;
   if (plan.merges_gate) selected.gate = params.gate;
   run_step(plan.selected, selected, scratch, stream);  // q, k, v, topk_idx -> o_sel, and o

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cuda_support import DEVICE, NEEDS_CUDA
 from paged_support import PagedCase
-from support import assert_same_bits, cu_seqlens, randn
+from support import assert_same_bits, cu_seqlens, randn, random_topk_idx
 
 import fsattn
 
@@ -203,6 +203,80 @@ def test_chunks_equal_the_packed_forward(counts):
     same = (ids == truth_ids).all(-1).all(0)
     assert same.float().mean() > 0.97
     torch.testing.assert_close(o[same], truth[same], atol=0.02, rtol=0.02)
+
+
+def uneven_pages(cache):
+    """The same values; the strides of pages are no multiples of those of tokens."""
+    size = cache[0].numel() + 8
+    strides = (size, *cache.stride()[1:])
+    uneven = cache.new_zeros(len(cache) * size).as_strided(cache.shape, strides)
+    return uneven.copy_(cache)
+
+
+def heads_outside(cache, layout):
+    """The same values, stored as [heads, pages, tokens, dim]."""
+    order = (1, 0, 2, 3) if layout == "HND" else (2, 0, 1, 3)
+    back = (1, 0, 2, 3) if layout == "HND" else (1, 2, 0, 3)
+    return cache.permute(order).contiguous().permute(back)
+
+
+def every_other_page(cache):
+    """The same values, in every other page of a pool whose other pages are NaN."""
+    return torch.stack((cache, torch.full_like(cache, torch.nan)), 1)[:, 0]
+
+
+@pytest.mark.parametrize("mistake", [None, "page", "lengths"])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("page_size", [64, 256])
+def test_attention_over_pages_in_place(page_size, layout, mistake):
+    """Hopper's selected attention reads even pages itself, and copies of others: the same bits."""
+    options = {
+        "heads_kv": 2,
+        "group": 4,
+        "dim": 128,
+        "block_size": 64,
+        "topk": 6,
+        "page_size": page_size,
+    }
+    options |= {"window_size": 100, "cmp_page_size": 64, "layout": layout}
+    lens, counts = [3000, 1, 777, 130, 600], [700, 1, 40, 130, 0]
+    case = PagedCase(lens, dtype=torch.bfloat16, device=DEVICE, **options)
+    case.append([0] * 5, lens)
+    for cache in (case.k_cache, case.v_cache, case.k_cmp_cache, case.v_cmp_cache):
+        cache[cache.isnan()] = 0.0
+    starts = [n - c for n, c in zip(lens, counts)]
+    lengths = case.lengths(starts, counts)
+    if mistake == "page":
+        case.table[0, [2, 5]] = torch.tensor([-1, 10**6], dtype=torch.int32, device=DEVICE)
+        case.table[2, 0] = -(2**31)
+    elif mistake == "lengths":
+        wrong = [2**30, -5, 770, 3 * page_size, 2**31 - 1]
+        lengths["cache_seqlens"] = torch.tensor(wrong, dtype=torch.int32, device=DEVICE)
+    rows = case.rows_of(starts, counts)
+    ids = random_topk_idx(2, counts, lens, 64, 6).to(DEVICE)
+
+    def attend(k_cache, v_cache):
+        pages = {"k_cache": k_cache, "v_cache": v_cache}
+        both = case.attend(starts, counts, **pages, **lengths)
+        selected = fsattn.paged_selected_attention(
+            *(case.q[rows], ids, k_cache, v_cache, case.table),
+            **lengths,
+            block_size=64,
+            layout=layout,
+            return_lse=True,
+        )
+        return *both, *selected
+
+    caches = (case.k_cache, case.v_cache)
+    wanted = attend(*map(uneven_pages, caches))
+    assert wanted[0].isfinite().all()
+    for stored in (
+        caches,
+        [heads_outside(x, layout) for x in caches],
+        [every_other_page(x) for x in caches],
+    ):
+        for name, a, b in zip(("o", "topk_idx", "o of selected", "lse"), attend(*stored), wanted):
+            assert_same_bits(name, a, b)
 
 
 @pytest.mark.alone

@@ -1,5 +1,6 @@
 // The calls over a paged cache from C++: plans as text, regions, and one decode by hand.
 #include <cmath>
+#include <utility>
 
 #include "api/validate_paged.h"
 #include "fsattn/paged.h"
@@ -101,8 +102,59 @@ TEST(cuda_fuses_few_queries_and_composes_chunks) {
   EXPECT_TRUE(!plan.kernel.is_fused);
   EXPECT_EQ(plan.copies.k.bytes, size_t{65536} * 8 * 128 * 2);
   EXPECT_EQ(plan.copies.k_cmp.bytes, size_t{4095} * 8 * 128 * 2);
+  EXPECT_TRUE(!plan.reads_pages);
   EXPECT_TRUE(
       make_append_plan(llama(PagedOp::kAppend, DeviceType::kCuda, 1), cuda).kernel.is_fused);
+}
+
+TEST(selected_attention_on_hopper_reads_even_pages) {
+  DeviceInfo cuda = device_of(DeviceType::kCuda);
+  PagedProblem chunk = llama(PagedOp::kAttn, DeviceType::kCuda, 8192);
+  chunk.batch = 1;
+  chunk.total_q = 8192;
+  chunk.has_key_rows = true;
+  const PagedAttnPlan plan = make_paged_attn_plan(chunk, cuda);
+  EXPECT_TRUE(plan.reads_pages);
+  EXPECT_TRUE(holds(to_string(plan), "(composed, selected_attention reads the pages)"));
+  EXPECT_EQ(plan.copies.max_window_k, 8192 + 512 + 127);
+  EXPECT_EQ(plan.copies.k.bytes, size_t{8192 + 512 + 127} * 8 * 128 * 2);
+  EXPECT_EQ(plan.copies.k_cmp.bytes, size_t{4095} * 8 * 128 * 2);
+  chunk.max_k = 8200;  // a window reaches all tokens
+  EXPECT_EQ(make_paged_attn_plan(chunk, cuda).copies.max_window_k, 8200);
+  PagedProblem selected = llama(PagedOp::kSelected, DeviceType::kCuda, 100);
+  selected.has_key_rows = true;
+  EXPECT_EQ(make_paged_selected_plan(selected, cuda).copies.k.bytes, size_t{0});
+  chunk.head_dim = 120;  // no row of Hopper's own
+  EXPECT_TRUE(!make_paged_attn_plan(chunk, cuda).reads_pages);
+  cuda.arch = Arch::kSm80;
+  EXPECT_TRUE(!make_paged_selected_plan(selected, cuda).reads_pages);
+}
+
+TEST(keys_in_pages_are_rows_of_one_stride) {
+  PagedKvView cache{};
+  cache.table.num_pages = 10;
+  cache.table.page_size = 64;
+  const auto keys = [&](int64_t page, int64_t token, int64_t head, int64_t heads) {
+    cache.k = cache.v = {nullptr, page, token, head};
+    const PagedKeys found = keys_in_pages(cache, heads);
+    if (found.page_rows > 0) {
+      EXPECT_EQ(found.total_rows, 9 * found.page_rows + (heads - 1) * found.head_rows + 64);
+    }
+    return std::pair(found.page_rows, found.head_rows);
+  };
+  using Found = std::pair<int64_t, int64_t>;
+  EXPECT_TRUE(keys(64 * 256, 256, 128, 2) == Found(64, 0));       // [pages, tokens, heads, dim]
+  EXPECT_TRUE(keys(2 * 64 * 256, 256, 128, 2) == Found(128, 0));  // every other page
+  EXPECT_TRUE(keys(2 * 64 * 128, 128, 64 * 128, 2) ==
+              Found(128, 64));                                       // [pages, heads, tokens, dim]
+  EXPECT_TRUE(keys(64 * 128, 128, 640 * 128, 2) == Found(64, 640));  // [heads, pages, tokens, dim]
+  EXPECT_TRUE(keys(64 * 128, 128, 7, 1) == Found(64, 0));
+  EXPECT_EQ(keys(64 * 256 + 8, 256, 128, 2).first, 0);
+  EXPECT_EQ(keys(2 * 64 * 128 + 128, 128, 64 * 128 + 8, 2).first, 0);
+  cache.table.num_pages = int64_t{1} << 25;
+  EXPECT_EQ(keys(64 * 256, 256, 128, 2).first, 0);  // 2^31 rows
+  cache.table.num_pages = 0;
+  EXPECT_EQ(keys(64 * 256, 256, 128, 2).first, 0);
 }
 
 TEST(a_batch_invariant_plan_does_not_depend_on_the_batch) {

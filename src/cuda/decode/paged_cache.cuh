@@ -8,6 +8,7 @@
 #include "base/cuda_check.h"
 #include "base/math.h"
 #include "cuda/device/packing.cuh"
+#include "cuda/device/page_table.cuh"
 #include "cuda/device/scan.cuh"
 #include "cuda/device/vector.cuh"
 #include "params/paged.h"
@@ -36,20 +37,6 @@ __device__ __forceinline__ PagedSpan find_span(const PagedPacking& packing, int 
 __device__ __forceinline__ int count_windows(int length, int64_t size, int64_t stride) {
   const int l = static_cast<int>(size);
   return length < l ? 0 : (length - l) / static_cast<int>(stride) + 1;
-}
-
-// A token's page and its place there; page is -1 where the cache has none.
-struct PagePlace {
-  int64_t page;
-  int row;
-};
-
-__device__ __forceinline__ PagePlace find_page(const PageTable& table, int seq, int token) {
-  const int page_size = static_cast<int>(table.page_size), slot = token / page_size;
-  int page = -1;
-  if (slot < table.max_pages) page = __ldg(table.pages + seq * table.seq_stride + slot);
-  if (page < 0 || page >= table.num_pages) page = -1;
-  return {page, token - slot * page_size};
 }
 
 template <class Element>

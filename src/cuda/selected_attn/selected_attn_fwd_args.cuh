@@ -29,6 +29,10 @@ struct FwdArgs {
   float2* tile_stats;   // [Hkv, total_q, G]
   uint8_t* tile_marks;  // [Hkv, total_q] 1 where written
   GateFwdParams gate;   // o.data is null without one
+  PagedKeys pages;
+
+  // Which head of a row of k and v.
+  __device__ int key_head(int head) const { return pages.head_rows > 0 ? 0 : head; }
 };
 
 // Bytes 0xff: a NaN that no arithmetic produces.

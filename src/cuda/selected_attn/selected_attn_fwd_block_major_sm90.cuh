@@ -110,7 +110,7 @@ __device__ __forceinline__ void produce_items(const FwdArgs& a, const CUtensorMa
   for (int n = 0; item.count > 0; ++n) {
     const int buffer = n % T::kKvBuffers;
     if (n >= T::kKvBuffers) device::mbarrier_wait(s.kv_empty(buffer), (n / T::kKvBuffers - 1) & 1);
-    const int head = (a.space.first_segment + item.segment) / a.space.num_ranges;
+    const int head = a.key_head((a.space.first_segment + item.segment) / a.space.num_ranges);
     if (item.num_keys < T::kKeys) {
       load_short_part(a, s.kv(buffer), s.kv_full(buffer), item.key_row, item.num_keys, head, lane);
     } else if (lane == 0) {

@@ -28,6 +28,7 @@ inline FwdArgs make_fwd_args(const SelectedAttnFwdParams& params, const Selected
   a.chunks_v = static_cast<int>(shape.head_dim_v / 8);
   a.scale_log2 = static_cast<float>(t.shape.softmax_scale) * device::kLog2E;
   a.gate = params.gate;
+  a.pages = params.pages;
   a.partial = scratch + layout.partial;
   a.partial_stats = reinterpret_cast<float2*>(scratch + layout.partial_stats);
   a.marks = layout.marks_bytes == 0 ? nullptr : reinterpret_cast<uint8_t*>(scratch + layout.marks);
@@ -157,6 +158,7 @@ requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) class MainKer
     tile_ctas_ =
         resident_ctas(selected_attn_fwd_tiles_kernel<Tile>, Tile::kThreads, tile_smem_bytes_);
     tiles_ = make_tile_args(shape, layout, params.attn.packing, params.mask, scratch);
+    tiles_.is_paged = params.pages.defined();
     num_tiles_ = static_cast<int>(shape.num_heads_kv * tiles.num_tiles());
   }
   bool has_tiles() const { return has_tiles_; }
@@ -199,8 +201,13 @@ requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) class MainKer
     // Without keys no box is ever read, but a map needs an address and a size.
     const int64_t tokens = std::max<int64_t>(1, params.attn.packing.total_k);
     if (params.attn.packing.total_k == 0) rows = {params.attn.q.data, T::kD, T::kD};
-    return device::make_rows_map(rows, kConfig.dtype, tokens, params.attn.shape.num_heads_kv, T::kD,
-                                 T::kKeys);
+    const PagedKeys& pages = params.pages;
+    if (!pages.defined()) {
+      return device::make_rows_map(rows, kConfig.dtype, tokens, params.attn.shape.num_heads_kv,
+                                   T::kD, T::kKeys);
+    }
+    const int64_t heads = pages.head_rows > 0 ? 1 : params.attn.shape.num_heads_kv;
+    return device::make_rows_map(rows, kConfig.dtype, pages.total_rows, heads, T::kD, T::kKeys);
   }
 
   CUtensorMap k_map_, v_map_;
@@ -230,6 +237,7 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
   MainKernel<kConfig> main_kernel(params, shape, layout, scratch);
   const BlockIndexView index = main_kernel.index(params, shape, layout, scratch, stream);
   ItemArgs build = make_item_args(shape, split, params.attn.packing, index);
+  build.pages = params.pages;
   build.items = reinterpret_cast<Item*>(scratch + layout.items);
   build.item_counts = reinterpret_cast<int*>(scratch + layout.item_counts);
   FwdArgs a = make_fwd_args(params, shape, layout, scratch);
@@ -272,6 +280,8 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
 template <SelectedAttnFwdConfig kConfig>
 void launch_selected_attn_fwd(const SelectedAttnFwdParams& params, Stream stream) {
   if (params.attn.packing.total_q == 0) return;
+  FSATTN_ASSERT(!params.pages.defined() ||
+                kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma);
   if constexpr (kConfig.algorithm == SelectedAlgorithm::kQueryMajor) {
     selected::run_fwd_query_major<kConfig>(params, static_cast<cudaStream_t>(stream));
   } else {

@@ -143,19 +143,26 @@ struct TileProducer {
     ++num_tiles;
   }
 
-  __device__ void bring_block(const TileItem& item, int block) {
+  // The first row of the lane's block.
+  __device__ int find_row(const TileItem& item, int block) const {
+    const int key = block * T::kKeys;
+    return a.fwd.pages.defined() ? find_key_row(a.fwd.pages, item.key_base, key, item.head)
+                                 : item.key_base + key;
+  }
+
+  __device__ void bring_block(const TileItem& item, int block, int key_row) {
     const int stage = num_blocks % T::kStages;
     if (num_blocks >= T::kStages) {
       device::mbarrier_wait(s.kv_empty(stage), (num_blocks / T::kStages - 1) & 1);
     }
-    const int key_row = item.key_begin + block * T::kKeys;
     const uint32_t at = s.kv(stage), full = s.kv_full(stage);
-    if (item.key_end - key_row < T::kKeys) {
-      load_short_part(a.fwd, at, full, key_row, item.key_end - key_row, item.head, lane);
+    const int num_keys = item.num_keys - block * T::kKeys, head = a.fwd.key_head(item.head);
+    if (num_keys < T::kKeys) {
+      load_short_part(a.fwd, at, full, key_row, num_keys, head, lane);
     } else if (lane == 0) {
       const uint64_t policy = device::l2_evict_last();
       device::mbarrier_arrive_expect(full, T::kKvBytes);
-      load_part(at, k_map, v_map, key_row, item.head, full, policy);
+      load_part(at, k_map, v_map, key_row, head, full, policy);
     }
     ++num_blocks;
   }
@@ -168,11 +175,17 @@ struct TileProducer {
       const TileItem after = fetch(number);
       const int next_block = fetch_block(next, 0);
       number = take();
+      int row = item.count > 0 ? find_row(item, block) : 0;
       if (item.count > 0) bring_tile(item);
       for (int i = 0; i < item.count; i += kWarpSize) {
-        if (i > 0) block = fetch_block(item, i);
+        if (i > 0) {
+          block = fetch_block(item, i);
+          row = find_row(item, block);
+        }
         const int count = min(item.count - i, kWarpSize);
-        for (int j = 0; j < count; ++j) bring_block(item, __shfl_sync(kFullMask, block, j));
+        for (int j = 0; j < count; ++j) {
+          bring_block(item, __shfl_sync(kFullMask, block, j), __shfl_sync(kFullMask, row, j));
+        }
       }
       item = next;
       block = next_block;
@@ -237,7 +250,7 @@ struct TileConsumer {
   __device__ void mask(const int32_t* entry, const TileItem& item, const TileRows& rows,
                        float (&acc)[32]) const {
     const int first_key = entry[0] * T::kKeys;
-    const int last_key = item.key_end - item.key_begin - first_key - 1;
+    const int last_key = item.num_keys - first_key - 1;
     int limit[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

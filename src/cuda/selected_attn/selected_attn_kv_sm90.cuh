@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_short_part(const FwdArgs& a, uint32_t at, u
                         (key_row * rows.token_stride + head * rows.head_stride) * 2;
     for (int c = lane; c < kPartKeys * kChunks; c += kWarpSize) {
       const int row = c / kChunks, chunk = c % kChunks;
-      const bool is_inside = row < num_keys;
+      const bool is_inside = row < num_keys && key_row >= 0;
       const uint32_t to = tile + chunk / 8 * kPartPanelBytes + row * 128 + ((chunk ^ row) & 7) * 16;
       device::cp_async_16(to, first + (is_inside ? row * rows.token_stride * 2 + chunk * 16 : 0),
                           is_inside);

@@ -26,8 +26,9 @@ struct alignas(16) TileItem {
   int head;   // KV head
   int first_token;
   int num_queries;
-  int position;            // of the first query
-  int key_begin, key_end;  // of the sequence, rows of k and v
+  int position;  // of the first query
+  int num_keys;  // of the sequence
+  int key_base;  // its first row of k and v; in pages: the sequence
 };
 static_assert(sizeof(TileItem) == kSelectedItemBytes);
 
@@ -37,6 +38,7 @@ struct TileArgs {
   FastDiv topk_div, queries_div;
   int queries, bits, min_queries, capacity, entry_ints, unit, per_unit, num_units;
   int window;       // blocks whose sets fit in shared memory
+  bool is_paged;    // k and v are in pages
   int32_t* tail;    // [Hkv, total_q, topk]
   int32_t* lists;   // [Hkv, tiles, capacity, entry_ints]: block, set of queries
   TileItem* items;  // [Hkv, tiles]
@@ -48,6 +50,7 @@ struct Unit {
   int num_queries;  // 0 when the slot is empty
   int64_t position;
   device::KeyRange keys;
+  int seq;
 
   __device__ int num_blocks(int query) const {  // that a query may see
     const int64_t last = min(position + query, int64_t{keys.end} - keys.begin - 1);
@@ -68,6 +71,7 @@ __device__ __forceinline__ Unit find_unit(const TileArgs& a, int number) {
   u.num_queries = min(a.unit, end - u.first_token);
   u.position = first + device::position_shift(packing, seq);
   u.keys = device::find_keys(packing, seq);
+  u.seq = seq;
   return u;
 }
 
@@ -127,8 +131,8 @@ __device__ __forceinline__ TileItem make_item(const TileArgs& a, const Unit& uni
   item.first_token = unit.first_token + before;
   item.num_queries = min(unit.num_queries - before, a.queries);
   item.position = static_cast<int>(min(max(unit.position + before, -kFar), kFar));
-  item.key_begin = unit.keys.begin;
-  item.key_end = unit.keys.end;
+  item.num_keys = unit.keys.end - unit.keys.begin;
+  item.key_base = a.is_paged ? unit.seq : unit.keys.begin;
   return item;
 }
 

@@ -9,6 +9,7 @@
 
 #include "cuda/device/fast_div.cuh"
 #include "cuda/device/packing.cuh"
+#include "cuda/device/page_table.cuh"
 #include "cuda/device/scan.cuh"
 #include "params/attention.h"
 #include "plan/selected_attn_table.h"
@@ -24,15 +25,26 @@ struct alignas(16) Item {
   int count;       // entries; 0 marks the end of the list
   int segment;     // counted from the first one of the launch
   int split;       // which part of the block
-  int key_row;     // first row of k and v
+  int key_row;     // first row of k and v; kNoKeyRow: the keys are zeros
   int num_keys;    // keys that exist
   int diag_token;  // query token t sees the first t - diag_token + 1 keys of the part
   int number;      // of the item in its segment
 };
 static_assert(sizeof(Item) == kSelectedItemBytes);
 
+// A tensor copy from there has no row inside the tensor, which reads as zeros.
+inline constexpr int kNoKeyRow = -64;
+
+// The first row of keys `key` .. of a sequence, which do not cross a page.
+__device__ __forceinline__ int find_key_row(const PagedKeys& pages, int seq, int key, int head) {
+  const device::PagePlace place = device::find_page(pages.table, seq, key);
+  if (place.page < 0) return kNoKeyRow;
+  return static_cast<int>(place.page * pages.page_rows + head * pages.head_rows) + place.row;
+}
+
 struct ItemArgs {
   Packing packing;
+  PagedKeys pages;  // of the forward pass
   BlockIndexView index;
   int block_size, topk, keys, splits, num_parts;
   int range, num_ranges, item_entries, item_capacity;
@@ -75,7 +87,8 @@ __device__ __forceinline__ Item find_part(const ItemArgs& a, int head, int part,
   if (key < 0) return item;  // lengths that do not ascend: the slot has no keys
   item.num_keys = static_cast<int>(min(int64_t{a.keys}, k1 - k0 - key));
   if (item.num_keys <= 0) return item;
-  item.key_row = static_cast<int>(k0 + key);
+  item.key_row = a.pages.defined() ? find_key_row(a.pages, seq, static_cast<int>(key), head)
+                                   : static_cast<int>(k0 + key);
   item.split = part - slot * a.splits;
   // Far in the past is as good as any value: every key is visible.
   constexpr int64_t kFar = -(int64_t{1} << 30);
