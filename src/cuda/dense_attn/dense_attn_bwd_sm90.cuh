@@ -249,8 +249,16 @@ __device__ __forceinline__ void load_key_group(const DenseBwdSm90Smem<Traits>& s
   fence_async_proxy();
 }
 
+// The warpgroup of dQ tells those of dK, dV that its last product has read K. An arrival, since all who
+// wait at an aligned barrier must do so in one instruction.
 template <class Traits>
-__device__ __forceinline__ void sync_consumers() {
+__device__ __forceinline__ void announce_keys_read() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(Traits::kGroups + 1), "n"(Traits::kConsumerThreads)
+               : "memory");
+}
+
+template <class Traits>
+__device__ __forceinline__ void wait_keys_read() {
   asm volatile("bar.sync %0, %1;" ::"n"(Traits::kGroups + 1), "n"(Traits::kConsumerThreads)
                : "memory");
 }
@@ -266,7 +274,7 @@ __device__ __forceinline__ void run_key_group(const DenseBwdSm90Smem<Traits>& sm
     load_key_group(smem, p, work, group);
     device::sync_warpgroup(group);  // all four warps have loaded their part of K and V
     consume_queries<Traits>(smem, band, work, dk, dv);
-    sync_consumers<Traits>();  // nobody's wgmma reads K or V any more: the output is staged there
+    wait_keys_read<Traits>();  // by any wgmma: the output is staged there
   }
   store_key_gradient<Traits>(smem, p, buffers, work, 0, dk);
   store_key_gradient<Traits>(smem, p, buffers, work, 1, dv);
@@ -300,7 +308,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kQueryRegisters));
     if (!has_steps) return;
     consume_scores<Traits>(smem, work);
-    sync_consumers<Traits>();
+    announce_keys_read<Traits>();
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kMoverRegisters));
     if (!has_steps) return;
