@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import Shape, check_case, nsa_case, selected_case
-from selection import Selection
+from selection import random_selection
 from support import DEVICES
 
 from fsattn._bench_configs import CONFIGS, PUBLISHED
@@ -48,19 +48,8 @@ def test_forward_and_backward(name, device, dtype):
 @pytest.mark.parametrize(("device", "dtype"), TYPES)
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if CONFIGS[name].has_compression])
 def test_selection(name, device, dtype):
-    config, shape = CONFIGS[name], _shape(CONFIGS[name])
-    Selection(
-        shape.lens_q,
-        shape.lens_k,
-        dtype=dtype,
-        device=device,
-        heads_kv=shape.heads_kv,
-        group=shape.group,
-        dim=shape.dim,
-        kernel_size=shape.kernel_size,
-        kernel_stride=shape.kernel_stride,
-        block_size=shape.block_size,
-        topk=shape.topk,
-        init_blocks=config.init_blocks,
-        local_blocks=config.local_blocks,
-    ).check()
+    config = CONFIGS[name]
+    selection = random_selection(
+        _shape(config), dtype, config.init_blocks, config.local_blocks, "sum", "fp32", device
+    )
+    selection.check()
