@@ -5,6 +5,7 @@
 #include "cuda/device/barrier_sm90.cuh"
 #include "cuda/device/copy_sm80.cuh"
 #include "cuda/device/mma_sm80.cuh"
+#include "cuda/device/tile_sm80.cuh"
 #include "cuda/device/tma_sm90.cuh"
 #include "cuda/device/wgmma_ss_sm90.cuh"
 #include "kernels/kernel_test.cuh"
@@ -75,7 +76,7 @@ __global__ void tma_kernel(const __grid_constant__ CUtensorMap map, int column, 
   device::mbarrier_wait(smem_address(&bar), 0);
   for (int i = threadIdx.x; i < kBoxTokens * 8; i += blockDim.x) {
     reinterpret_cast<uint4*>(out)[i] =
-        device::load_shared_u128(smem_address(box) + device::swizzled<128>(i / 8, i % 8));
+        device::load_shared_u128(smem_address(box) + device::tile_offset<64>(i / 8, i % 8));
   }
 }
 
@@ -111,7 +112,7 @@ constexpr int kWarpgroup = 128;
 template <class Element>
 __device__ void load_panel(char* panel, const Element* from, int rows, int stride) {
   for (int i = threadIdx.x; i < rows * 8; i += kWarpgroup) {
-    *reinterpret_cast<uint4*>(panel + device::swizzled<128>(i / 8, i % 8)) =
+    *reinterpret_cast<uint4*>(panel + device::tile_offset<64>(i / 8, i % 8)) =
         *reinterpret_cast<const uint4*>(from + i / 8 * stride + i % 8 * 8);
   }
 }

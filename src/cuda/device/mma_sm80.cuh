@@ -50,12 +50,4 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
   }
 }
 
-// Byte offset of 16-byte chunk `chunk` of row `row` in a tile whose rows are kRowBytes long (a power
-// of two, at least 128). The XOR spreads eight rows of one ldmatrix over all 32 banks.
-template <int kRowBytes>
-__device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
-  static_assert(kRowBytes >= 128 && (kRowBytes & (kRowBytes - 1)) == 0);
-  return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ (row & 7)) << 4));
-}
-
 }  // namespace fsattn::device
