@@ -33,6 +33,53 @@ struct DenseBwdSm90Traits {
 
 inline constexpr int kFewHeads = 8;
 
+// What a CTA computes, and what each half of its keys has to do with it.
+struct FusedTileWork : KeyTileWork {
+  int first_end;     // tiles of queries up to this one see some key of the first half,
+  int second_begin;  // those from this one on some of the second
+  int full[2][2];    // the first and the last query that see all keys of a half
+  int starts[128];   // the first query that sees a key; none sees a missing one
+
+  __device__ __forceinline__ bool sees(int half, int tile) const {
+    return half == 0 ? tile <= first_end : tile >= second_begin;
+  }
+};
+
+template <class Traits>
+__device__ __forceinline__ void find_halves(FusedTileWork& work, const device::Band& band) {
+  const auto query = [&](int64_t position) {
+    return static_cast<int>(min(max(position - work.offset, int64_t{-1}), int64_t{1} << 30));
+  };
+#pragma unroll 1
+  for (int half = 0; half < Traits::kGroups; ++half) {
+    const int first_key = work.first_key + half * device::kPanelRows;
+    const int last_key = work.first_key + min((half + 1) * device::kPanelRows, work.num_keys) - 1;
+    work.full[half][0] = query(band.first_position(last_key));
+    work.full[half][1] = min(query(band.last_position(first_key)), work.num_queries - 1);
+    if (half == 0) {
+      const int last = min(query(band.last_position(last_key)), work.num_queries - 1);
+      work.first_end = last < 0 ? -1 : last / Traits::kTileQ;
+    } else {
+      const int first = max(query(band.first_position(first_key)), 0);
+      work.second_begin = last_key < first_key ? 1 << 30 : first / Traits::kTileQ;
+    }
+  }
+  if (work.num_keys < Traits::kTileKv) {  // missing keys are masked
+    work.full[1][0] = 1 << 30;
+    if (work.num_keys < device::kPanelRows) work.full[0][0] = 1 << 30;
+  }
+  // Somebody has to make dQ of every tile.
+  work.first_end = max(work.first_end, work.second_begin - 1);
+}
+
+// By one thread a key.
+__device__ __forceinline__ void find_start(FusedTileWork& work, const device::Band& band, int key) {
+  constexpr int64_t kFar = int64_t{1} << 30;
+  const int64_t start = band.first_position(work.first_key + key) - work.offset;
+  work.starts[key] =
+      static_cast<int>(key < work.num_keys ? min(max(start, -kFar), kFar - 1) : kFar - 1);
+}
+
 template <class Traits>
 struct DenseBwdSm90Smem {
   unsigned char* memory;
@@ -83,13 +130,6 @@ __device__ __forceinline__ void init_barriers(const DenseBwdSm90Smem<Traits>& sm
   mbarrier_init(smem.dq_empty(), 1);
   mbarrier_init(smem.tail(), 1);
   mbarrier_init_fence();
-}
-
-// The number of steps of a CTA; those of a head run from its last tile of queries back.
-template <class Traits>
-__device__ __forceinline__ int num_steps_of(const KeyTileWork& work) {
-  return (work.last_head - work.first_head + 1) *
-         (work.last_query / Traits::kTileQ - work.first_query / Traits::kTileQ + 1);
 }
 
 // Starts the copies of Q and dO of a step, which arrive on `bar`.

@@ -9,7 +9,8 @@
 //          dK with P^T and dS^T in registers. dS^T of both goes to shared memory, where a third
 //          warpgroup takes it for dQ, 64 columns at a time. They wait for each other's data alone,
 //          so that one's exponentials run during another's products. One warp brings Q, dO, lse and
-//          delta. Two threads add the dQ of a step to the sum in global memory.
+//          delta. Two threads add the dQ of a step to the sum in global memory. A warpgroup whose
+//          keys no query of a step sees passes it over.
 // Order    the CTAs that see the same queries add to their dQ in the order of their keys, each when
 //          the one before has announced that it is done: the result does not depend on timing. Work
 //          is numbered in the order in which CTAs start, so that a CTA waits for running ones alone.
@@ -42,18 +43,6 @@ __device__ __forceinline__ void pack_score_gradient(uint32_t (&ds)[1][8][2],
   }
 }
 
-// Clears P of keys that do not exist: their scores are 0, which the lse of a query knows nothing of.
-__device__ __forceinline__ void clear_missing_keys(uint32_t (&packed)[1][8][2], int num_keys,
-                                                   int lane) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      if (half * 8 + lane / 4 >= num_keys) packed[0][n][half] = 0;
-    }
-  }
-}
-
 // Writes dS^T of a warp's 16 keys as the operand of dQ.
 __device__ __forceinline__ void store_score_gradient(uint32_t tile, const uint32_t (&ds)[1][8][2]) {
   using namespace device;
@@ -66,18 +55,22 @@ __device__ __forceinline__ void store_score_gradient(uint32_t tile, const uint32
   }
 }
 
-// Issues acc = dS K: 64 queries, 128 keys, the 64 columns of a panel. The caller commits.
-template <class Traits>
+// acc = dS K: 64 queries, kKeys keys from those of half `half` on, the 64 columns of a panel.
+template <class Traits, int kKeys>
 __device__ __forceinline__ void query_gradient_product(const DenseBwdSm90Smem<Traits>& smem, int n,
-                                                       int panel, float (&acc)[32]) {
-  const uint32_t ds = device::mn_major(smem.scores(n));
-  const uint32_t k = device::mn_major(smem.keys(0, 0) + panel * device::kPanelBytes);
+                                                       int half, int panel, float (&acc)[32]) {
+  device::wgmma_fence();
+  const uint32_t ds = device::mn_major(smem.scores(n) + half * device::kPanelRows * 128);
+  const uint32_t k = device::mn_major(smem.keys(0, half) + panel * device::kPanelBytes);
 #pragma unroll
-  for (int kk = 0; kk < Traits::kTileKv / 16; ++kk) {
+  for (int kk = 0; kk < kKeys / 16; ++kk) {
     const uint32_t key_at = (kk / 4 * device::kPanelTileBytes + kk % 4 * 2048) >> 4;
     device::wgmma_mn_m64n64k16<typename Traits::Element>(
         acc, device::descriptor(ds + kk * (2048 >> 4)), device::descriptor(k + key_at), kk > 0);
   }
+  device::wgmma_commit();
+  device::wgmma_wait_group<0>();
+  device::pin_registers(acc);
 }
 
 // Writes the 64 columns of a panel of dQ for the threads that add it to the sums: rows of 512 bytes,
@@ -104,19 +97,22 @@ __device__ __forceinline__ void store_query_gradient(const DenseBwdSm90Smem<Trai
 // The warpgroup of dQ.
 template <class Traits>
 __device__ __forceinline__ void consume_scores(const DenseBwdSm90Smem<Traits>& smem,
-                                               const KeyTileWork& work) {
+                                               const FusedTileWork& work) {
   using namespace device;
-  const int num_steps = num_steps_of<Traits>(work), lane = threadIdx.x % kWarpSize;
-  for (int n = 0; n < num_steps; ++n) {
+  const int lane = threadIdx.x % kWarpSize;
+  int n = 0;
+  for (Step at{work.first_head, work.last_query / Traits::kTileQ}; at.head <= work.last_head;
+       at = next_step(work, at, Traits::kTileQ), ++n) {
+    const bool first = work.sees(0, at.index), second = work.sees(1, at.index);
     mbarrier_wait(smem.scores_full(n), n / 2 & 1);
 #pragma unroll
     for (int panel = 0; panel < 2; ++panel) {
       float dq[32];
-      wgmma_fence();
-      query_gradient_product(smem, n, panel, dq);
-      wgmma_commit();
-      wgmma_wait_group<0>();
-      pin_registers(dq);
+      if (first && second) {
+        query_gradient_product<Traits, 128>(smem, n, 0, panel, dq);
+      } else {
+        query_gradient_product<Traits, 64>(smem, n, second ? 1 : 0, panel, dq);
+      }
       if (panel == 0) {
         mbarrier_wait(smem.dq_empty(), (n & 1) ^ 1);
       } else if (lane == 0) {
@@ -142,21 +138,45 @@ __device__ __forceinline__ void hand_over_scores(const DenseBwdSm90Smem<Traits>&
   if (lane == 0) mbarrier_arrive(smem.scores_full(n));
 }
 
-// Clears P where a query does not see a key of the warp or one of them does not exist.
+// Clears P where a query does not see a key of the warp. Few steps come here: nothing that only they
+// need should live in registers.
 template <class Traits>
-__device__ __forceinline__ void mask_step(uint32_t (&prob)[1][8][2], const device::Band& band,
-                                          const KeyTileWork& work, int first_query, int lane) {
-  const int row = device::reread_thread_index() / device::kWarpSize * 16;
-  if (first_query < work.full_first || first_query + Traits::kTileQ - 1 > work.full_last) {
-    mask_probabilities(prob, band, work, work.first_key + row, first_query, lane);
+__device__ __forceinline__ void mask_step(uint32_t (&prob)[1][8][2], int reach,
+                                          const FusedTileWork& work, int first_query) {
+  const int thread = device::reread_thread_index(), lane = thread % device::kWarpSize;
+  const int* full = work.full[thread / 128];
+  if (first_query >= full[0] && first_query + Traits::kTileQ - 1 <= full[1]) return;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int lane_query = first_query + lane % 4 * 2;
+    const int start = work.starts[thread / device::kWarpSize * 16 + i * 8 + lane / 4];
+    const int low = start - lane_query;
+    const int high = min(start + reach, work.num_queries - 1) - lane_query;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      if (n * 8 < low || n * 8 > high) prob[0][n][i] &= 0xffff0000u;
+      if (n * 8 + 1 < low || n * 8 + 1 > high) prob[0][n][i] &= 0x0000ffffu;
+    }
   }
-  if (work.num_keys < Traits::kTileKv) clear_missing_keys(prob, work.num_keys - row, lane);
+}
+
+// A half of the keys that nobody sees in this step. The waits keep a warp from arriving twice in
+// one phase.
+template <class Traits>
+__device__ __forceinline__ void skip_step(const DenseBwdSm90Smem<Traits>& smem, int n, int lane) {
+  using namespace device;
+  const int stage = n % Traits::kStages;
+  mbarrier_wait(smem.full(stage), n / Traits::kStages & 1);
+  mbarrier_wait(smem.scores_empty(n), (n / 2 & 1) ^ 1);
+  if (lane != 0) return;
+  mbarrier_arrive(smem.scores_full(n));
+  mbarrier_arrive(smem.empty(stage));
 }
 
 // A warpgroup of the keys: 64 of them over all steps.
 template <class Traits>
 __device__ __forceinline__ void consume_queries(const DenseBwdSm90Smem<Traits>& smem,
-                                                const device::Band& band, const KeyTileWork& work,
+                                                const device::Band& band, const FusedTileWork& work,
                                                 float (&dk)[64], float (&dv)[64]) {
   using namespace device;
   using Element = typename Traits::Element;
@@ -164,6 +184,10 @@ __device__ __forceinline__ void consume_queries(const DenseBwdSm90Smem<Traits>& 
   int n = 0;
   for (Step at{work.first_head, work.last_query / Traits::kTileQ}; at.head <= work.last_head;
        at = next_step(work, at, Traits::kTileQ), ++n) {
+    if (!work.sees(reread_thread_index() / 128, at.index)) {
+      skip_step(smem, n, lane);
+      continue;
+    }
     const int stage = n % Traits::kStages;
     const uint32_t q_tile = smem.queries(0, stage), dout_tile = smem.queries(1, stage);
     mbarrier_wait(smem.full(stage), n / Traits::kStages & 1);
@@ -176,7 +200,7 @@ __device__ __forceinline__ void consume_queries(const DenseBwdSm90Smem<Traits>& 
     uint32_t prob[1][8][2];
     probabilities<Traits>(prob, device::as_fragments(s), smem.stats(0, stage), work.scale_log2,
                           lane);
-    mask_step<Traits>(prob, band, work, at.index * Traits::kTileQ, lane);
+    mask_step<Traits>(prob, band.reach, work, at.index * Traits::kTileQ);
     float dp[32];  // not before S has been used: there are no registers for both
     wgmma_fence();
     device::panel_product<Element>(dp, smem.keys(1, group), dout_tile);
@@ -266,11 +290,12 @@ __device__ __forceinline__ void wait_keys_read() {
 template <class Traits>
 __device__ __forceinline__ void run_key_group(const DenseBwdSm90Smem<Traits>& smem,
                                               const AttnBwdTensors& p, const device::Band& band,
-                                              const DenseBwdBuffers& buffers,
-                                              const KeyTileWork& work) {
+                                              const DenseBwdBuffers& buffers, FusedTileWork& work) {
   const int group = threadIdx.x / 128;
   float dk[64] = {}, dv[64] = {};
   if (work.first_query <= work.last_query) {
+    const int key = threadIdx.x % 128;
+    if (key < device::kPanelRows) find_start(work, band, group * device::kPanelRows + key);
     load_key_group(smem, p, work, group);
     device::sync_warpgroup(group);  // all four warps have loaded their part of K and V
     consume_queries<Traits>(smem, band, work, dk, dv);
@@ -289,13 +314,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                                const __grid_constant__ CUtensorMap dout_map) {
   using namespace device;
   extern __shared__ __align__(1024) unsigned char memory[];
-  __shared__ KeyTileWork work;
+  __shared__ FusedTileWork work;
   const DenseBwdSm90Smem<Traits> smem{memory, smem_address(memory)};
   if (threadIdx.x == 0) {
     // Compressed keys: many tiles of a few heads at a time, so that dQ is added to in L2.
     const int width = keys.band.reach == Band::kUnlimited ? kFewHeads : kAllHeads;
-    work =
+    static_cast<KeyTileWork&>(work) =
         find_key_tile<Traits::kTileKv>(p, keys, buffers.splits, atomicAdd(buffers.turns, 1), width);
+    find_halves<Traits>(work, keys.band);
     init_barriers(smem);
   }
   __syncthreads();
