@@ -106,7 +106,7 @@ Choice choose_selected_attn_fwd(const Problem& problem, Arch arch) {
   choice.arch = config.arch;
   choice.algorithm = config.algorithm == SelectedAlgorithm::kQueryMajor ? Algorithm::kQueryMajor
                                                                         : Algorithm::kBlockMajor;
-  choice.workspace_bytes = selected_attn_fwd_workspace(problem);
+  choice.workspace_bytes = selected_attn_fwd_workspace(problem, choice.row);
   choice.reason = tile_text(config) + ", " + std::to_string(config.keys) + " keys a tile";
   return choice;
 }

@@ -29,6 +29,12 @@ struct SelectedAttnFwdConfig {
   int keys;
 };
 
+// Partial rows of bf16 leave the wgmma kernel in 12 bits a value (cuda/selected_attn/partial_row.cuh).
+constexpr bool has_packed_rows(const SelectedAttnFwdConfig& config) {
+  return config.algorithm == SelectedAlgorithm::kBlockMajorWgmma &&
+         config.dtype == DType::kBFloat16;
+}
+
 // Columns: arch, algorithm, dtype, head_dim, head_dim_v, keys. The first row that fits wins.
 inline constexpr std::array kSelectedAttnFwdTable{
     SelectedAttnFwdConfig{Arch::kSm90a, SelectedAlgorithm::kBlockMajorWgmma, DType::kBFloat16, 128,
@@ -244,12 +250,14 @@ struct SelectedFwdLayout {
   size_t bytes;
 };
 
-constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape) {
+constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape,
+                                                const SelectedAttnFwdConfig& config) {
   const bool has_tiles = shape.has_tiles();
+  const int64_t row_bytes = shape.head_dim_v * 2 / 4 * (has_packed_rows(config) ? 3 : 4);
   SelectedFwdLayout l{};
   l.split = split_selected(
       shape, {.keys = selected_keys(shape.head_dim, shape.head_dim_v, shape.block_size),
-              .row_bytes = shape.head_dim_v * 2 + 8,
+              .row_bytes = row_bytes + 8,
               .item_rows = 1024,
               .max_item_entries = 512,  // what the shared memory of the wgmma row holds
               .range_rows = 32768});
@@ -266,7 +274,7 @@ constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape) {
   l.marks = at.take(static_cast<int64_t>(l.marks_bytes));
   l.partial_stats = at.take(rows * 8);
   const int64_t tail_bytes = has_tiles ? shape.num_heads_kv * shape.total_q * shape.topk * 4 : 0;
-  l.tail = l.partial = at.take(std::max(rows * shape.head_dim_v * 2, tail_bytes));
+  l.tail = l.partial = at.take(std::max(rows * row_bytes, tail_bytes));
   if (has_tiles) {
     l.tiles = shape.tiles();
     const int64_t tiles = shape.num_heads_kv * l.tiles.num_tiles();
@@ -330,9 +338,11 @@ constexpr int find_selected_attn_bwd_row(Arch arch, const Problem& problem) {
   return -1;
 }
 
-constexpr size_t selected_attn_fwd_workspace(const Problem& problem) {
-  if (is_query_major(problem)) return 0;
-  return selected_fwd_layout(selected_shape(problem)).bytes;
+// Of a row of kSelectedAttnFwdTable.
+constexpr size_t selected_attn_fwd_workspace(const Problem& problem, int row) {
+  const SelectedAttnFwdConfig& config = kSelectedAttnFwdTable[static_cast<size_t>(row)];
+  if (config.algorithm == SelectedAlgorithm::kQueryMajor) return 0;
+  return selected_fwd_layout(selected_shape(problem), config).bytes;
 }
 
 // ---- Backward ----

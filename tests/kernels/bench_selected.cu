@@ -75,10 +75,11 @@ int main(int argc, char** argv) {
   if (pass == "index") {
     ms = median_ms([&] { x.build_index(); });
   } else if (is_bwd) {
+    const int fwd_row = find_row("fwd", problem);
     bytes = selected_attn_bwd_workspace(problem);
     Buffer<char> scratch(
-        static_cast<int64_t>(std::max(bytes, selected_attn_fwd_workspace(problem))));
-    launch_selected_attn_fwd(find_row("fwd", problem), x.fwd_params(scratch), nullptr);
+        static_cast<int64_t>(std::max(bytes, selected_attn_fwd_workspace(problem, fwd_row))));
+    launch_selected_attn_fwd(fwd_row, x.fwd_params(scratch), nullptr);
     const Strided<__nv_bfloat16> dq(x.total_q, c.heads_q, c.dim, 0, 0);
     const Strided<__nv_bfloat16> dk(x.total_k, c.heads_kv, c.dim, 0, 0),
         dv(x.total_k, c.heads_kv, c.dim, 0, 0);
@@ -88,7 +89,7 @@ int main(int argc, char** argv) {
   } else {
     const int row = find_row(pass, problem);
     if (row < 0) return 1;
-    bytes = pass == "query" ? 0 : selected_fwd_layout(selected_shape(problem)).bytes;
+    bytes = selected_attn_fwd_workspace(problem, row);
     Buffer<char> scratch(static_cast<int64_t>(bytes));
     const SelectedAttnFwdParams params = x.fwd_params(scratch);
     ms = median_ms([&] { launch_selected_attn_fwd(row, params, nullptr); });

@@ -12,7 +12,40 @@ enum class Values {
   kNormal,
   kEqualLogits,  // all logits equal, of the size of the largest floats (fp16: the largest inputs)
   kLargestV,     // v is the largest value of the type, so o is too
+  kZeroV,
+  // bf16 only, fp16 has no such range:
+  kHugeV,          // v times 2^100
+  kTinyV,          // v times 2^-110
+  kScaledColumns,  // columns of v times 2^-20 to 2^20
+  kScaledBlocks,   // every other block of 64 keys times 2^40, every third 2^-60
+  kSpecialV,       // an infinity in column 5 of every 100th key and NaN in column 77 of every 150th
 };
+
+// What `values` multiplies v of a key and column by.
+inline __host__ __device__ float value_scale(Values values, int64_t token, int64_t column) {
+  if (values == Values::kZeroV) return 0.f;
+  if (values == Values::kHugeV) return 0x1p100f;
+  if (values == Values::kTinyV) return 0x1p-110f;
+  if (values == Values::kScaledColumns) return exp2f(static_cast<float>(column * 40 / 127 - 20));
+  if (values == Values::kScaledBlocks) {
+    return (token / 64 % 2 == 1 ? 0x1p40f : 1.f) * (token / 64 % 3 == 1 ? 0x1p-60f : 1.f);
+  }
+  if (values == Values::kSpecialV && column == 5 && token % 100 == 17) return INFINITY;
+  if (values == Values::kSpecialV && column == 77 && token % 150 == 149) return NAN;
+  return 1.f;
+}
+
+template <class Element>
+__global__ void scale_values(Element* v, int64_t tokens, int64_t heads, int64_t dim,
+                             int64_t token_stride, int64_t head_stride, Values values) {
+  const int64_t n = tokens * heads * dim;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t d = i % dim, h = i / dim % heads, t = i / dim / heads;
+    Element& x = v[t * token_stride + h * head_stride + d];
+    assign(x, static_cast<float>(to_double(x)) * value_scale(values, t, d));
+  }
+}
 
 struct Case {
   const char* name;
@@ -75,6 +108,8 @@ struct SelectedProblem {
       fill_constant(k, kIsHalf ? 0x1p15f : 0x1p60f);
     }
     if (c.values == Values::kLargestV) fill_constant(v, kIsHalf ? 65504.f : 0x1.fep127f);
+    scale_values<<<256, 256>>>(v.buffer.data, v.tokens, v.heads, v.dim, v.token_stride,
+                               v.head_stride, c.values);
     fill_floats<<<256, 256>>>(dlse.data, dlse.size, 15);
     if (c.has_index) build_index();
   }

@@ -121,9 +121,9 @@ void check(const Case& c, Arch arch, bool has_dlse, bool accumulates) {
   const BackwardReference want(x, has_dlse);
   const Problem problem = x.problem();
   {
-    Buffer<char> scratch(static_cast<int64_t>(selected_attn_fwd_workspace(problem)));
-    launch_selected_attn_fwd(find_selected_attn_fwd_row(Arch::kSm80, problem),
-                             x.fwd_params(scratch), nullptr);
+    const int row = find_selected_attn_fwd_row(Arch::kSm80, problem);
+    Buffer<char> scratch(static_cast<int64_t>(selected_attn_fwd_workspace(problem, row)));
+    launch_selected_attn_fwd(row, x.fwd_params(scratch), nullptr);
     CUDA_OK(cudaDeviceSynchronize());
   }
   const int best = find_selected_attn_bwd_row(arch, problem);

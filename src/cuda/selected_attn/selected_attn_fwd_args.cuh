@@ -13,6 +13,7 @@ struct FwdArgs {
   int64_t entry_stride;    // total_q * topk
   ItemList list;
   RowSpace space;
+  FastDiv ranges_div;  // by the ranges of a KV head
   int total_q;
   int chunks_qk;  // 16-byte chunks of a row of q and k
   int chunks_v;   // and of v, o and a partial row
@@ -80,7 +81,9 @@ __device__ __forceinline__ uint4 fragment_chunk(const float (&o)[64], int k, int
           pack_average<Element>(x[12] * scale, x[13] * scale)};
 }
 
-// From those chunks, one a lane, to chunks of consecutive columns.
+// Four lanes, kStep apart, have word w of chunk i in word i of lane w; afterwards lane i has chunk i. Of
+// rows of 16-bit values these are chunks of consecutive columns. `lane`: divided by kStep.
+template <int kStep>
 __device__ __forceinline__ uint4 order_columns(const uint4& chunk, int lane) {
   const uint32_t word[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
   const auto pick = [](const uint32_t(&w)[4], int i) {
@@ -89,7 +92,8 @@ __device__ __forceinline__ uint4 order_columns(const uint4& chunk, int lane) {
   // Lane q of a quad ends up with word q of all four. Step r swaps with lane q ^ r.
   uint32_t got[4];
 #pragma unroll
-  for (int r = 0; r < 4; ++r) got[r] = __shfl_xor_sync(kFullMask, pick(word, (lane ^ r) & 3), r);
+  for (int r = 0; r < 4; ++r)
+    got[r] = __shfl_xor_sync(kFullMask, pick(word, (lane ^ r) & 3), r * kStep);
   return {pick(got, lane & 3), pick(got, (lane ^ 1) & 3), pick(got, (lane ^ 2) & 3),
           pick(got, (lane ^ 3) & 3)};
 }

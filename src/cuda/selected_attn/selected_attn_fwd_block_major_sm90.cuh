@@ -18,6 +18,7 @@
 #include "cuda/device/copy_sm80.cuh"
 #include "cuda/device/mma_sm80.cuh"
 #include "cuda/device/wgmma_sm90.cuh"
+#include "cuda/selected_attn/partial_row.cuh"
 #include "cuda/selected_attn/selected_attn_fwd_args.cuh"
 #include "cuda/selected_attn/selected_attn_kv_sm90.cuh"
 
@@ -31,6 +32,7 @@ struct WgmmaTraits {
   static constexpr int kGroups = 3, kStages = 3, kLoaders = kGroups;
   static constexpr int kWarps = kGroups * 4, kItemWarp = kWarps + kLoaders;
   static constexpr int kThreads = (kItemWarp + 1) * kWarpSize;
+  static constexpr bool kIsPacked = device::kIsBf16<Element>;  // partial rows: partial_row.cuh
   static constexpr int kRows = 16, kTileRows = 64;  // query rows of a warp, of a warpgroup
   static constexpr int kRowBytes = kD * 2, kPitch = kRowBytes + 16;
   static constexpr int kStageBytes = kTileRows * kPitch;
@@ -40,8 +42,9 @@ struct WgmmaTraits {
   static constexpr int kRingOffset = kKvBuffers * 2 * kTileBytes;
   static constexpr int kEntryOffset = kRingOffset + kGroups * kStages * kStageBytes;
   static constexpr int kItemOffset = kEntryOffset + kEntryBuffers * kMaxEntries * 4;
-  static constexpr int kBarrierOffset = kItemOffset + kEntryBuffers * int{sizeof(Item)};
-  static constexpr int kBarriers = 2 * kKvBuffers + kEntryBuffers + 2 * kGroups * kStages;
+  static constexpr int kWindowOffset = kItemOffset + kEntryBuffers * int{sizeof(Item)};
+  static constexpr int kBarrierOffset = kWindowOffset + kKvBuffers * int{sizeof(Window)};
+  static constexpr int kBarriers = 3 * kKvBuffers + kEntryBuffers + 2 * kGroups * kStages;
   static constexpr int kPrefixOffset = kBarrierOffset + kBarriers * 8;
 
   static int smem_bytes(int num_segments) { return kPrefixOffset + (num_segments + 1) * 4; }
@@ -60,13 +63,17 @@ struct WgmmaSmem {
     return reinterpret_cast<int*>(memory + T::kEntryOffset) + buffer * T::kMaxEntries;
   }
   __device__ Item* items() const { return reinterpret_cast<Item*>(memory + T::kItemOffset); }
+  __device__ Window* windows() const {
+    return reinterpret_cast<Window*>(memory + T::kWindowOffset);
+  }
   __device__ int* prefix() const { return reinterpret_cast<int*>(memory + T::kPrefixOffset); }
   __device__ uint32_t bar(int i) const { return base + T::kBarrierOffset + i * 8; }
   __device__ uint32_t kv_full(int buffer) const { return bar(buffer); }
   __device__ uint32_t kv_empty(int buffer) const { return bar(T::kKvBuffers + buffer); }
-  __device__ uint32_t item_full(int buffer) const { return bar(2 * T::kKvBuffers + buffer); }
+  __device__ uint32_t window_full(int buffer) const { return bar(2 * T::kKvBuffers + buffer); }
+  __device__ uint32_t item_full(int buffer) const { return bar(3 * T::kKvBuffers + buffer); }
   __device__ uint32_t q_full(int group, int s) const {
-    return bar(2 * T::kKvBuffers + T::kEntryBuffers + group * T::kStages + s);
+    return bar(3 * T::kKvBuffers + T::kEntryBuffers + group * T::kStages + s);
   }
   __device__ uint32_t q_empty(int group, int s) const { return q_full(group + T::kGroups, s); }
 };
@@ -95,6 +102,31 @@ __device__ __forceinline__ void announce_item(const FwdArgs& a, const WgmmaSmem<
   if (lane == 0) device::mbarrier_arrive(s.item_full(buffer));
 }
 
+// The largest bits of |V| below `limit` in both halves of the words of a tile, for the whole warp.
+__device__ __forceinline__ uint32_t largest_below(uint32_t v_tile, uint32_t limit, int lane) {
+  uint32_t most[2] = {0, 0};
+#pragma unroll 8
+  for (int i = 0; i < kPartTileBytes; i += kWarpSize * 16) {
+    const uint4 x = device::load_shared_u128(v_tile + i + lane * 16);
+    const auto size = [&](uint32_t pair) {
+      pair &= 0x7fff7fffu;
+      return limit == 0 ? pair : pair & __vcmpltu2(pair, limit);
+    };
+    most[0] = __vimax3_u16x2(size(x.x), size(x.y), most[0]);
+    most[1] = __vimax3_u16x2(size(x.z), size(x.w), most[1]);
+  }
+  const uint32_t both = __vmaxu2(most[0], most[1]);
+  return __reduce_max_sync(kFullMask, max(both >> 16, both & 0xffffu));
+}
+
+// The window of the partial rows of an item, from its V.
+__device__ __forceinline__ Window find_window(uint32_t v_tile, int lane) {
+  constexpr uint32_t kInfinity = 0x7f80;
+  const uint32_t largest = largest_below(v_tile, 0, lane);
+  if (largest < kInfinity) return Window::of(largest, false);
+  return Window::of(largest_below(v_tile, kInfinity * 0x10001u, lane), true);
+}
+
 template <class T>
 __device__ __forceinline__ void produce_items(const FwdArgs& a, const CUtensorMap* k_map,
                                               const CUtensorMap* v_map, const WgmmaSmem<T>& s,
@@ -121,6 +153,14 @@ __device__ __forceinline__ void produce_items(const FwdArgs& a, const CUtensorMa
     announce_item<T>(a, s, next, n + 1, lane);
     item = next;
     if (next.count > 0) next = take_item();
+    if constexpr (T::kIsPacked) {
+      device::mbarrier_wait(s.kv_full(buffer), n / T::kKvBuffers & 1);
+      const Window window = find_window(s.kv(buffer) + T::kTileBytes, lane);
+      if (lane == 0) {
+        s.windows()[buffer] = window;
+        device::mbarrier_arrive(s.window_full(buffer));
+      }
+    }
   }
 }
 
@@ -242,22 +282,43 @@ __device__ __forceinline__ void softmax(float (&acc)[32], float scale_log2, floa
   }
 }
 
-// Normalised rows to the partial rows, in the order of partial_chunk().
+// Normalised rows to the partial rows, in the order of fragment_chunk().
 template <class T>
-__device__ __forceinline__ void write_tile(const FwdArgs& a, const float (&o)[64], float scale0,
-                                           float scale1, int out_row, int lane) {
+__device__ __forceinline__ void write_tile(const FwdArgs& a, const float (&o)[64],
+                                           const float (&scale)[2], int out_row, int lane) {
+  using Element = typename T::Element;
   const uint64_t policy = device::l2_evict_first();
+  constexpr int kBytes = T::kIsPacked ? kPackedRowBytes : T::kRowBytes;
   char* partial = static_cast<char*>(a.partial) + lane % 4 * 16;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int to = __shfl_sync(kFullMask, out_row, half * 8 + lane / 4);
     if (to < 0) continue;
-    char* row = partial + int64_t{to} * T::kRowBytes;
-    const float scale = half == 0 ? scale0 : scale1;
+    char* row = partial + int64_t{to} * kBytes;
+    if constexpr (T::kIsPacked) {
+      uint32_t host[4][3], hidden[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      device::store_global_u128_hint(
-          row + k * 64, fragment_chunk<typename T::Element>(o, k, half, scale), policy);
+      for (int i = 0; i < 4; ++i) {
+        const float* x = o + i * 4 + half * 2;
+        const auto pair = [&](int k) {
+          return device::pack_pair<Element>(x[16 * k] * scale[half], x[16 * k + 1] * scale[half]);
+        };
+        hidden[i] = pair(3);
+#pragma unroll
+        for (int k = 0; k < 3; ++k) host[i][k] = pair(k);
+        hide_pair(hidden[i], host[i]);
+      }
+#pragma unroll
+      for (int k = 0; k < 3; ++k) {
+        device::store_global_u128_hint(row + k * 64,
+                                       {host[0][k], host[1][k], host[2][k], host[3][k]}, policy);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        device::store_global_u128_hint(row + k * 64,
+                                       fragment_chunk<Element>(o, k, half, scale[half]), policy);
+      }
     }
   }
 }
@@ -266,8 +327,9 @@ __device__ __forceinline__ void write_tile(const FwdArgs& a, const float (&o)[64
 template <class T>
 __device__ __forceinline__ void consume_tile(const FwdArgs& a, const WgmmaSmem<T>& s,
                                              const Item& item, const ItemRows& at,
-                                             const int* entries, int tile, uint32_t kv, int group,
-                                             int use, int row0, int lane) {
+                                             const int* entries, int tile, uint32_t kv,
+                                             const Window& window, int group, int use, int row0,
+                                             int lane) {
   const Ring<T> ring(use);
   const uint32_t here = s.stage(group, ring.stage) + row0 * T::kPitch;
   device::mbarrier_wait(s.q_full(group, ring.stage), ring.parity);
@@ -308,9 +370,22 @@ __device__ __forceinline__ void consume_tile(const FwdArgs& a, const WgmmaSmem<T
   const float2 low = {__shfl_sync(kFullMask, top[0], owner), __shfl_sync(kFullMask, total0, owner)};
   const float2 high = {__shfl_sync(kFullMask, top[1], owner),
                        __shfl_sync(kFullMask, total1, owner)};
-  if (out_row >= 0) __stcs(a.partial_stats + out_row, lane < 8 ? low : high);
+  float2 stats = lane < 8 ? low : high;
+  if constexpr (T::kIsPacked) stats = pack_stats(stats.x, stats.y, window.code());
+  if (out_row >= 0) __stcs(a.partial_stats + out_row, stats);
+  float scale[2] = {__fdividef(1.f, total0), __fdividef(1.f, total1)};
   device::wgmma_wait();
-  write_tile<T>(a, o, __fdividef(1.f, total0), __fdividef(1.f, total1), out_row, lane);
+  if constexpr (T::kIsPacked) {
+    if (window.is_far()) {
+      const float down = window.first_step();
+#pragma unroll
+      for (int i = 0; i < 64; ++i) o[i] *= down;
+    }
+    const float down = window.step();
+    scale[0] *= down;
+    scale[1] *= down;
+  }
+  write_tile<T>(a, o, scale, out_row, lane);
 }
 
 // Where a consumer warp stands in the tiles that are dealt out over all items.
@@ -331,10 +406,13 @@ __device__ __forceinline__ bool consume_item(const FwdArgs& a, const WgmmaSmem<T
   const ItemRows at(a.space, item);
   const int num_tiles = (at.num_rows + T::kTileRows - 1) / T::kTileRows;
   device::mbarrier_wait(s.kv_full(kBuffer), n / T::kKvBuffers & 1);
+  if constexpr (T::kIsPacked) {
+    device::mbarrier_wait(s.window_full(kBuffer), n / T::kKvBuffers & 1);
+  }
   int tile = cursor.first_tile;
   for (; tile < num_tiles; tile += T::kGroups, ++cursor.use) {
-    consume_tile<T>(a, s, item, at, s.entries(entry_buffer), tile, s.kv(kBuffer), group, cursor.use,
-                    row0, lane);
+    consume_tile<T>(a, s, item, at, s.entries(entry_buffer), tile, s.kv(kBuffer),
+                    s.windows()[kBuffer], group, cursor.use, row0, lane);
   }
   cursor.first_tile = tile - num_tiles;
   __syncwarp();  // all lanes are done with the entries
@@ -358,6 +436,7 @@ __device__ __forceinline__ void init_barriers(const WgmmaSmem<T>& s) {
   for (int i = 0; i < T::kKvBuffers; ++i) {
     device::mbarrier_init(s.kv_full(i), 1);
     device::mbarrier_init(s.kv_empty(i), T::kWarps + T::kLoaders);
+    device::mbarrier_init(s.window_full(i), 1);
   }
   // The lanes' copies, and lane 0 for the item itself.
   for (int i = 0; i < T::kEntryBuffers; ++i) device::mbarrier_init(s.item_full(i), kWarpSize + 1);

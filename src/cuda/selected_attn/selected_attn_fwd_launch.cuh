@@ -23,6 +23,7 @@ inline FwdArgs make_fwd_args(const SelectedAttnFwdParams& params, const Selected
   a.entry_stride = shape.total_q * shape.topk;
   a.list.capacity = static_cast<int>(layout.split.item_capacity);
   a.space = make_row_space(shape, layout.split);
+  a.ranges_div = FastDiv(layout.split.num_ranges);
   a.total_q = static_cast<int>(shape.total_q);
   a.chunks_qk = static_cast<int>(shape.head_dim / 8);
   a.chunks_v = static_cast<int>(shape.head_dim_v / 8);
@@ -69,30 +70,35 @@ void launch_sort(const TileArgs& a, int64_t heads_kv, cudaStream_t stream) {
   selected_attn_sort_kernel<kThreads><<<grid, kThreads, bytes, stream>>>(a);
 }
 
-template <SelectedAttnFwdConfig kConfig, bool kHasMarks, bool kIsShort>
+// How a row of the table writes its partial rows.
+template <SelectedAttnFwdConfig kConfig>
+using PartialRows =
+    std::conditional_t<has_packed_rows(kConfig), PackedRows,
+                       WholeRows<device::ElementOf<kConfig.dtype>, kConfig.head_dim_v / 8,
+                                 kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma>>;
+
+template <class Format, bool kHasMarks>
 void launch_merge(const FwdArgs& a, cudaStream_t stream) {
-  using Element = device::ElementOf<kConfig.dtype>;
-  constexpr int kLanes = kConfig.head_dim_v / 8;
-  constexpr bool kIsFragments = kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma;
+  constexpr unsigned kRows = kMergeThreads / Format::kLanes;  // of a CTA
   const auto rows = static_cast<unsigned>(a.space.range * a.space.group);
-  const dim3 grid(ceil_div(rows, static_cast<unsigned>(kMergeThreads / kLanes)),
-                  static_cast<unsigned>(a.list.num_segments));
-  selected_attn_merge_kernel<Element, kLanes, kIsFragments, kHasMarks, kIsShort>
-      <<<grid, kMergeThreads, 0, stream>>>(a);
+  const dim3 grid(ceil_div(rows, kRows), static_cast<unsigned>(a.list.num_segments));
+  if (a.space.partials <= Format::kPlaces) {
+    selected_attn_merge_kernel<Format, kHasMarks, true><<<grid, kMergeThreads, 0, stream>>>(a);
+  } else {
+    selected_attn_merge_kernel<Format, kHasMarks, false><<<grid, kMergeThreads, 0, stream>>>(a);
+  }
 }
 
 template <SelectedAttnFwdConfig kConfig>
 void launch_merge(const FwdArgs& a, cudaStream_t stream) {
-  const bool is_short = a.space.partials <= kWarpSize;
+  using Format = PartialRows<kConfig>;
   if constexpr (kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) {
     if (a.marks != nullptr) {
-      is_short ? launch_merge<kConfig, true, true>(a, stream)
-               : launch_merge<kConfig, true, false>(a, stream);
+      launch_merge<Format, true>(a, stream);
       return;
     }
   }
-  is_short ? launch_merge<kConfig, false, true>(a, stream)
-           : launch_merge<kConfig, false, false>(a, stream);
+  launch_merge<Format, false>(a, stream);
 }
 
 // What computes the partial rows of a launch.
@@ -228,7 +234,7 @@ inline void clear_stats(const FwdArgs& a, const SelectedSplit& split, cudaStream
 template <SelectedAttnFwdConfig kConfig>
 void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
   const SelectedShape shape = shape_of(params);
-  const SelectedFwdLayout layout = selected_fwd_layout(shape);
+  const SelectedFwdLayout layout = selected_fwd_layout(shape, kConfig);
   const SelectedSplit& split = layout.split;
   FSATTN_ASSERT(params.scratch.bytes >= layout.bytes);
   assert_addressable(params.attn.q, shape.total_q, shape.num_heads_q);

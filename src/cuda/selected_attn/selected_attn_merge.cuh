@@ -1,25 +1,38 @@
 // selected_attn_merge: adds up the partial rows of a query row.
 //
 // Math    M = max_s m_s, w_s = l_s 2^(m_s - M), o = sum_s w_s o_s / sum_s w_s, lse = M + log2 sum_s w_s
-//         over the written partial rows, in ascending order of s, so the result does not depend on who
-//         wrote them when; the one of the popular blocks, which `o` itself holds until then, is the
-//         last. None written: o = 0, lse = -inf.
-// Tiles   kLanes lanes a row (16 bytes each), 128 threads a CTA, grid (rows of a segment, segments).
+//         over the written partial rows: first the one of the popular blocks, which `o` itself holds until
+//         then, the others in ascending order of s, so the result does not depend on who wrote them
+//         when. None written: o = 0, lse = -inf.
+// Tiles   Format::kLanes lanes a row, 128 threads a CTA, grid (rows of a segment, segments).
 // Gate    within native_sparse_attention the rows of o go through the gate on their way out.
-// Bound   memory: (2 Dv + 8) bytes per partial row; eight rows in flight a lane.
+// Bound   memory: a partial row and its 8 bytes of statistics; four rows in flight a lane.
 #pragma once
 #include "cuda/device/gate.cuh"
-#include "cuda/selected_attn/selected_attn_fwd_args.cuh"
+#include "cuda/device/tile_sm80.cuh"
+#include "cuda/selected_attn/selected_attn_merge_format.cuh"
 
 namespace fsattn::selected {
 
 inline constexpr int kMergeThreads = 128;
 
-// The {shift, sum} of up to 32 partial rows of a query row. Lane l holds places l, l + kLanes, ...
-template <int kLanes>
+// The written places of a batch: where their rows are, counted in bytes from the first place, and their
+// weights. The rest has the weight 0.
+template <class Format>
+struct PlaceList {
+  int offset[Format::kPlaces];
+  float weight[Format::kPlaces];
+  // Of the whole query row, until its end.
+  float top, total;
+  int down;
+  bool is_special;
+};
+
+// The statistics of up to Format::kPlaces partial rows of a query row. Lane l holds places l, l + kLanes, ...
+template <class Format>
 struct StatsBatch {
-  static constexpr int kSlots = kWarpSize / kLanes;
-  float2 stats[kSlots];  // {-inf, 0} where nobody wrote the row
+  static constexpr int kLanes = Format::kLanes, kSlots = Format::kPlaces / kLanes;
+  float2 stats[kSlots];  // {-inf, anything} where nobody wrote the row
   unsigned written;      // by place
 
   // `marks`: null where the statistics mark themselves.
@@ -30,13 +43,13 @@ struct StatsBatch {
     for (int i = 0; i < kSlots; ++i) {
       const int place = i * kLanes + lane;
       bool is_written = false;
-      float2 x = {-INFINITY, 0.f};
+      float2 x = Format::no_stats();
       if (place < count) {  // both loads at once: with marks, rows that nobody wrote hold anything
         is_written = marks == nullptr || marks[place] != 0;
         x = __ldcs(from + place * stride);
         is_written &= __float_as_uint(x.y) != kNoPartial;
       }
-      stats[i] = is_written ? x : float2{-INFINITY, 0.f};
+      stats[i] = is_written ? x : Format::no_stats();
       const unsigned votes = __ballot_sync(kFullMask, is_written);
       written |= (votes >> (threadIdx.x % kWarpSize - lane) & (kFullMask >> (kWarpSize - kLanes)))
                  << (i * kLanes);
@@ -48,29 +61,47 @@ struct StatsBatch {
     for (int i = 1; i < kSlots; ++i) x = fmaxf(x, stats[i].x);
     return x;
   }
-  // Turns the sums into weights; returns this lane's part of their sum. Equal shifts give the factor 1
-  // however large they are.
+  __device__ __forceinline__ RowRange range() const {
+    RowRange range;
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) range.include(Format::range(stats[i]));
+    return range;
+  }
+  // This lane's part of the sum of the weights. Equal shifts give the factor 1 however large they are.
   __device__ __forceinline__ float weigh(float top) {
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      stats[i].y = stats[i].x == -INFINITY ? 0.f : stats[i].y * exp2f(stats[i].x - top);
-      sum += stats[i].y;
+      stats[i].x = stats[i].x == -INFINITY ? 0.f : Format::sum(stats[i]) * exp2f(stats[i].x - top);
+      sum += stats[i].x;
     }
     return sum;
   }
-  __device__ __forceinline__ void scale(float factor) {
+  // Weights to what the values of the rows are multiplied by.
+  __device__ __forceinline__ void scale(float inverse, int down) {
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) stats[i].y *= factor;
-  }
-  __device__ __forceinline__ float weight(int place) const {
-    float w = __shfl_sync(kFullMask, stats[0].y, place % kLanes, kLanes);
-#pragma unroll
-    for (int i = 1; i < kSlots; ++i) {
-      const float x = __shfl_sync(kFullMask, stats[i].y, place % kLanes, kLanes);
-      if (place / kLanes == i) w = x;
+    for (int i = 0; i < kSlots; ++i) {
+      stats[i].x = stats[i].x * inverse * Format::unit(stats[i], down);  // at most the unit
     }
-    return w;
+  }
+
+  // The list's place of slot i: written ones first, in ascending order.
+  __device__ __forceinline__ int rank(int i, int lane) const {
+    const int place = i * kLanes + lane;
+    const int before = __popc(written & ((1u << place) - 1));
+    return written >> place & 1 ? before : __popc(written) + place - before;
+  }
+  __device__ __forceinline__ void list_offsets(PlaceList<Format>& list, int stride,
+                                               int lane) const {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) list.offset[rank(i, lane)] = (i * kLanes + lane) * stride;
+    __syncwarp();
+  }
+  __device__ __forceinline__ void list_weights(PlaceList<Format>& list, int lane) const {
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) list.weight[rank(i, lane)] = stats[i].x;
+    __syncwarp();
   }
 };
 
@@ -97,59 +128,90 @@ __device__ __forceinline__ int most_bits(unsigned x) {
   return n;
 }
 
-// One lane's 16 bytes of a query row.
-template <class Element, int kLanes>
+// One lane's share of a query row.
+template <class Format>
 struct RowSum {
+  using Element = typename Format::Element;
   static constexpr int kUnroll = 4;  // rows in flight
-  float acc[8] = {};
-  unsigned loading;  // the places whose rows are under way
-  uint4 chunk[kUnroll];
+  static constexpr int kPairs = Format::kPairs;
+  float acc[2 * kPairs] = {};
+  typename Format::Chunk chunk[kUnroll] = {};
 
-  static __device__ __forceinline__ int lowest(unsigned places) {
-    return max(__ffs(static_cast<int>(places)) - 1, 0);
-  }
-  // Starts the loads of the first kUnroll partial rows of `left`, and takes them out of it.
-  __device__ __forceinline__ void load(const uint4* source, int stride, unsigned& left,
-                                       bool is_inside) {
-    loading = left;
+  // Starts the loads of the rows of the list from `first` to `count`, at most kUnroll.
+  __device__ __forceinline__ void load(const char* source, const PlaceList<Format>& list, int first,
+                                       int count) {
+    const int4 offset = *reinterpret_cast<const int4*>(list.offset + first);
+    const int offsets[kUnroll] = {offset.x, offset.y, offset.z, offset.w};
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      const bool is_needed = is_inside && left != 0;
-      chunk[i] = is_needed ? __ldcs(source + lowest(left) * stride) : uint4{0, 0, 0, 0};
-      left &= left - 1;
+      // What a row of weight 0 holds must be a number: the packed ones are always.
+      if (!Format::kIsFinite) chunk[i] = {};
+      if (first + i < count) chunk[i] = Format::load(source + offsets[i]);
     }
   }
-  __device__ __forceinline__ void add(const StatsBatch<kLanes>& batch) {
+  __device__ __forceinline__ void add(const PlaceList<Format>& list, int first) {
+    const float4 weight = *reinterpret_cast<const float4*>(list.weight + first);
+    const float weights[kUnroll] = {weight.x, weight.y, weight.z, weight.w};
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      add(chunk[i], batch.weight(lowest(loading)));  // times zero where no row was loaded
-      loading &= loading - 1;
+      uint32_t pairs[kPairs];
+      Format::unpack(chunk[i], pairs);
+      add(pairs, weights[i]);
     }
   }
-  __device__ __forceinline__ void add(const uint4& row, float w) {
-    const uint32_t words[4] = {row.x, row.y, row.z, row.w};
+  __device__ __forceinline__ void add(const uint32_t (&pairs)[kPairs], float w) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 pair = device::unpack_pair<Element>(words[j]);
+    for (int j = 0; j < kPairs; ++j) {
+      const float2 pair = device::unpack_pair<Element>(pairs[j]);
       acc[2 * j] = fmaf(w, pair.x, acc[2 * j]);
       acc[2 * j + 1] = fmaf(w, pair.y, acc[2 * j + 1]);
     }
   }
 };
 
+// The query row of a thread.
+template <class Format>
+struct MergeRow {
+  int kv_head, token, h, group, lane;
+  int slot0, row0;  // of its partial rows
+  bool is_row;
+
+  __device__ __forceinline__ MergeRow(const FwdArgs& a, int thread) {
+    const RowSpace& space = a.space;
+    const int segment = space.first_segment + static_cast<int>(blockIdx.y);
+    const int row = blockIdx.x * (kMergeThreads / Format::kLanes) + thread / Format::kLanes;
+    const int local = space.group_div.quotient(row);
+    kv_head = a.ranges_div.quotient(segment);
+    token = (segment - kv_head * space.num_ranges) * space.range + local;
+    h = space.group_div.remainder(row, local);
+    group = space.group;
+    lane = thread % Format::kLanes;
+    slot0 = (static_cast<int>(blockIdx.y) * space.range + local) * space.partials;
+    row0 = slot0 * space.group + h;
+    is_row = local < space.range && token < a.total_q;
+  }
+  __device__ __forceinline__ int head() const { return kv_head * group + h; }
+  __device__ __forceinline__ typename Format::Element* out(const FwdArgs& a) const {
+    return static_cast<typename Format::Element*>(a.o.data) + token * a.o.token_stride +
+           head() * a.o.head_stride;
+  }
+};
+
 // What the popular blocks of its tile gave a query row.
+template <class Format>
 struct TilePartial {
   float2 stats = {-INFINITY, 0.f};
-  uint4 chunk = {0, 0, 0, 0};
+  uint32_t pairs[Format::kPairs] = {};
 
   // All loads at once: where nobody wrote the row it holds anything.
-  __device__ __forceinline__ void load(const FwdArgs& a, int64_t query, int h, const uint4* row) {
+  __device__ __forceinline__ void load(const FwdArgs& a, const MergeRow<Format>& at) {
+    const int64_t query = int64_t{at.kv_head} * a.total_q + at.token;
     const bool is_written = a.tile_marks[query] != 0;
-    const float2 x = __ldcs(a.tile_stats + query * a.space.group + h);
-    const uint4 y = __ldcs(row);
-    if (!is_written) return;
-    stats = x;
-    chunk = y;
+    const float2 x = __ldcs(a.tile_stats + query * a.space.group + at.h);
+    Format::load_fragments(reinterpret_cast<const char*>(at.out(a)), at.lane, pairs);
+    if (is_written) stats = x;
+#pragma unroll
+    for (uint32_t& pair : pairs) pair = is_written ? pair : 0;
   }
   // As StatsBatch::weigh().
   __device__ __forceinline__ float weigh(float top) {
@@ -158,100 +220,151 @@ struct TilePartial {
   }
 };
 
-// Sends 16 bytes of a row of o_sel through the gate.
-template <class Element>
+// Sends 16-byte chunks of a row of o_sel through the gate.
+template <class Format>
 __device__ __forceinline__ void apply_gate(const GateFwdParams& gate, int64_t token, int head,
-                                           int column, const uint4& sel) {
+                                           int lane, const uint4 (&sel)[Format::kChunks]) {
+  using Element = typename Format::Element;
   float g[device::kBranches];
   device::load_gates<Element>(gate.gates, gate.shape.activation, token, head, g);
-  const uint4 cmp = device::load_chunk<Element>(gate.o_cmp, token, head, column);
-  const uint4 win = device::load_chunk<Element>(gate.o_win, token, head, column);
-  device::mix_branches<Element>(g, cmp, sel, win)
-      .store(device::row_pointer<Element>(gate.o, token, head, column));
+#pragma unroll
+  for (int i = 0; i < Format::kChunks; ++i) {
+    const int column = Format::chunk_column(lane, i);
+    const uint4 cmp = device::load_chunk<Element>(gate.o_cmp, token, head, column);
+    const uint4 win = device::load_chunk<Element>(gate.o_win, token, head, column);
+    device::mix_branches<Element>(g, cmp, sel[i], win)
+        .store(device::row_pointer<Element>(gate.o, token, head, column));
+  }
 }
 
-// kIsFragments: the rows are in the order of fragment_chunk(). kHasTiles: there are marks of the written rows
-// and the partial rows of popular blocks; otherwise the statistics tell. kIsShort: at most 32 partial rows a
-// query row beside that one.
-template <class Element, int kLanes, bool kIsFragments, bool kHasTiles, bool kIsShort>
-__global__ void __launch_bounds__(kMergeThreads, kIsShort&& kLanes == 16 ? 8 : 5)
-    selected_attn_merge_kernel(const __grid_constant__ FwdArgs a) {
-  const RowSpace& space = a.space;
-  const int segment = space.first_segment + blockIdx.y, kv_head = segment / space.num_ranges;
-  const int row = blockIdx.x * (kMergeThreads / kLanes) + threadIdx.x / kLanes;
-  const int local = space.group_div.quotient(row), h = space.group_div.remainder(row, local);
-  const int token = (segment - kv_head * space.num_ranges) * space.range + local;
-  const bool is_row = local < space.range && token < a.total_q;
-  const int lane = threadIdx.x % kLanes, count = is_row ? space.partials : 0;
-  const bool is_inside = lane < a.chunks_v;
+// Adds the infinities and NaN of partial rows whose V has some: in the sum they are numbers.
+template <class Format, bool kHasTiles>
+__device__ __forceinline__ void add_special_values(const FwdArgs& a, const MergeRow<Format>& at,
+                                                   float (&acc)[2 * Format::kPairs]) {
+#pragma unroll 1
+  for (int place = 0; place < a.space.partials; ++place) {
+    const int row = at.row0 + place * a.space.group;
+    const auto word = __float_as_uint(a.partial_stats[row].y);
+    const bool is_written = kHasTiles ? a.marks[at.slot0 + place] != 0 : word != kNoPartial;
+    if (!is_written || !Window::from(word).has_special) continue;
+    uint32_t pairs[Format::kPairs];
+    Format::unpack(Format::load(static_cast<const char*>(a.partial) +
+                                int64_t{row} * kPackedRowBytes + at.lane * Format::kLaneBytes),
+                   pairs);
+#pragma unroll
+    for (int i = 0; i < 2 * Format::kPairs; ++i) acc[i] += special_value(pairs[i / 2], i % 2 * 16);
+  }
+}
 
-  const int slot0 = (static_cast<int>(blockIdx.y) * space.range + local) * space.partials;
-  const int row0 = slot0 * space.group + h;
-  const auto read_batch = [&](int first) {
-    return StatsBatch<kLanes>(a.partial_stats + row0 + first * space.group,
-                              kHasTiles ? a.marks + slot0 + first : nullptr, count - first,
-                              space.group, lane);
-  };
-  const uint4* source = static_cast<const uint4*>(a.partial) + int64_t{row0} * a.chunks_v + lane;
-  const int stride = space.group * a.chunks_v;
-  RowSum<Element, kLanes> sum;
-  StatsBatch<kLanes> batch = read_batch(0);
-  const int head = kv_head * space.group + h;
-  auto* out = reinterpret_cast<uint4*>(static_cast<Element*>(a.o.data) + token * a.o.token_stride +
-                                       head * a.o.head_stride) +
-              lane;
-  [[maybe_unused]] TilePartial tile;
-  if constexpr (kHasTiles) {
-    if (is_row) tile.load(a, int64_t{kv_head} * a.total_q + token, h, out);
-  }
-  // The first rows are under way while the weights are found.
-  unsigned left = batch.written;
-  int num_left = most_bits<kLanes>(left) - sum.kUnroll;
-  sum.load(source, stride, left, is_inside);
-  float top = batch.top();
-  if constexpr (kHasTiles) top = fmaxf(top, tile.stats.x);
-  for (int first = kWarpSize; !kIsShort && first < space.partials; first += kWarpSize) {
-    top = fmaxf(top, read_batch(first).top());
-  }
-  top = row_max<kLanes>(top);
-  float total = batch.weigh(top);
-  for (int first = kWarpSize; !kIsShort && first < space.partials; first += kWarpSize) {
-    total += read_batch(first).weigh(top);
-  }
-  total = row_sum<kLanes>(total);
-  if constexpr (kHasTiles) total += tile.weigh(top);
-  // Weights are normalised before they are used: sums of anything larger could overflow.
-  const float inverse = total > 0.f ? 1.f / total : 0.f;
-  batch.scale(inverse);
-  for (int first = 0;;) {
-    sum.add(batch);
-    for (; num_left > 0; num_left -= sum.kUnroll) {
-      sum.load(source, stride, left, is_inside);
-      sum.add(batch);
+// The sum to its row of o, and through the gate.
+template <class Format, bool kHasTiles>
+__device__ __forceinline__ void finish_row(const FwdArgs& a, const MergeRow<Format>& at,
+                                           float (&acc)[2 * Format::kPairs], bool is_special,
+                                           int down) {
+  if constexpr (Format::kHasRange) {
+    if (at.is_row && is_special) add_special_values<Format, kHasTiles>(a, at, acc);
+    if (down != 0) {
+#pragma unroll
+      for (float& x : acc) x *= power_of_two(down);
     }
-    first += kWarpSize;
-    if (kIsShort || first >= space.partials) break;
-    batch = read_batch(first);
-    batch.weigh(top);
-    batch.scale(inverse);
-    left = batch.written;
-    num_left = most_bits<kLanes>(left) - sum.kUnroll;
-    source += int64_t{kWarpSize} * stride;
-    sum.load(source, stride, left, is_inside);
   }
-  if constexpr (kHasTiles) sum.add(tile.chunk, tile.stats.y * inverse);
-  const float* x = sum.acc;
-  uint4 row_chunk = {pack_average<Element>(x[0], x[1]), pack_average<Element>(x[2], x[3]),
-                     pack_average<Element>(x[4], x[5]), pack_average<Element>(x[6], x[7])};
-  if constexpr (kIsFragments) row_chunk = order_columns(row_chunk, lane);
-  if (!is_row) return;
-  if (is_inside) {
-    *out = row_chunk;
-    if (a.gate.o.data != nullptr) apply_gate<Element>(a.gate, token, head, lane * 8, row_chunk);
+  uint4 chunks[Format::kChunks];
+  Format::order(acc, at.lane, chunks);
+  if (!at.is_row || !Format::is_inside(a, at.lane)) return;
+#pragma unroll
+  for (int i = 0; i < Format::kChunks; ++i) {
+    *reinterpret_cast<uint4*>(at.out(a) + Format::chunk_column(at.lane, i)) = chunks[i];
   }
-  if (lane == 0) {
-    static_cast<float*>(a.lse.data)[head * a.lse.head_stride + token] =
-        total > 0.f ? (top + log2f(total)) * device::kLn2 : -INFINITY;
+  if (a.gate.o.data != nullptr) apply_gate<Format>(a.gate, at.token, at.head(), at.lane, chunks);
+}
+
+// kHasTiles: there are marks of the written rows and the partial rows of popular blocks; otherwise the
+// statistics tell. kIsShort: at most Format::kPlaces partial rows a query row beside that one.
+template <class Format, bool kHasTiles, bool kIsShort>
+__global__ void __launch_bounds__(kMergeThreads, Format::min_ctas(kIsShort))
+    selected_attn_merge_kernel(const __grid_constant__ FwdArgs a) {
+  constexpr int kLanes = Format::kLanes;
+  const RowSpace& space = a.space;
+  const int thread = threadIdx.x, lane = thread % kLanes;
+  __shared__ __align__(16) PlaceList<Format> lists[kMergeThreads / kLanes];
+  PlaceList<Format>& list = lists[thread / kLanes];
+  RowSum<Format> sum;
+  {
+    const MergeRow<Format> at(a, thread);
+    const int count = at.is_row ? space.partials : 0;
+    const auto read_batch = [&](int first) {
+      return StatsBatch<Format>(a.partial_stats + at.row0 + first * space.group,
+                                kHasTiles ? a.marks + at.slot0 + first : nullptr, count - first,
+                                space.group, lane);
+    };
+    const int row_bytes = Format::row_bytes(a), stride = space.group * row_bytes;
+    const char* source = static_cast<const char*>(a.partial) + int64_t{at.row0} * row_bytes +
+                         lane * Format::kLaneBytes;
+    StatsBatch<Format> batch = read_batch(0);
+    [[maybe_unused]] TilePartial<Format> tile;
+    if constexpr (kHasTiles) {
+      if (at.is_row) tile.load(a, at);
+    }
+    // The first rows are under way while the weights are found.
+    batch.list_offsets(list, stride, lane);
+    const bool is_inside = Format::is_inside(a, lane);
+    int listed = is_inside ? __popc(batch.written) : 0, most = most_bits<kLanes>(batch.written);
+    sum.load(source, list, 0, listed);
+    float top = batch.top();
+    RowRange range = batch.range();
+    if constexpr (kHasTiles) top = fmaxf(top, tile.stats.x);
+    for (int first = Format::kPlaces; !kIsShort && first < space.partials;
+         first += Format::kPlaces) {
+      const StatsBatch<Format> later = read_batch(first);
+      top = fmaxf(top, later.top());
+      range.include(later.range());
+    }
+    top = row_max<kLanes>(top);
+    const int down = Format::kHasRange ? range.template reduce<kLanes>() : 0;
+    float total = batch.weigh(top);
+    for (int first = Format::kPlaces; !kIsShort && first < space.partials;
+         first += Format::kPlaces) {
+      total += read_batch(first).weigh(top);
+    }
+    total = row_sum<kLanes>(total);
+    if constexpr (kHasTiles) total += tile.weigh(top);
+    // Weights are normalised before they are used: sums of anything larger could overflow.
+    const float inverse = total > 0.f ? 1.f / total : 0.f;
+    batch.scale(inverse, down);
+    if constexpr (kHasTiles) sum.add(tile.pairs, tile.stats.y * inverse * power_of_two(-down));
+    if (lane == 0) {
+      list.top = top;
+      list.total = total;
+      list.down = down;
+      list.is_special = range.is_special;
+    }
+    batch.list_weights(list, lane);
+    for (int first = 0;;) {
+      sum.add(list, 0);
+      for (int i = sum.kUnroll; i < most; i += sum.kUnroll) {
+        sum.load(source, list, i, listed);
+        sum.add(list, i);
+      }
+      first += Format::kPlaces;
+      if (kIsShort || first >= space.partials) break;
+      batch = read_batch(first);
+      batch.list_offsets(list, stride, lane);
+      listed = is_inside ? __popc(batch.written) : 0;
+      most = most_bits<kLanes>(batch.written);
+      source += int64_t{Format::kPlaces} * stride;
+      sum.load(source, list, 0, listed);
+      batch.weigh(top);
+      batch.scale(inverse, down);
+      batch.list_weights(list, lane);
+    }
+  }
+  // Where the row is, once more: kept, it would take registers that the loop does not have.
+  const MergeRow<Format> at(a, device::reread_thread_index());
+  finish_row<Format, kHasTiles>(a, at, sum.acc, list.is_special, list.down);
+  if (at.is_row && at.lane == 0) {
+    const float total = list.total;
+    static_cast<float*>(a.lse.data)[at.head() * a.lse.head_stride + at.token] =
+        total > 0.f ? (list.top + log2f(total)) * device::kLn2 : -INFINITY;
   }
 }
 
