@@ -91,7 +91,7 @@ constexpr int select_sm90_k_stages(const SelectBlocksConfig& config) {
 
 // Shared memory of a CTA of a Hopper row; offsets in bytes, the queries at 0.
 struct SelectSm90Smem {
-  int k, score, code, work, barriers, bytes;
+  int k, lists, work, barriers, bytes;
 };
 
 constexpr SelectSm90Smem select_sm90_smem(const SelectBlocksConfig& config) {
@@ -99,9 +99,8 @@ constexpr SelectSm90Smem select_sm90_smem(const SelectBlocksConfig& config) {
   const int k_stages = select_sm90_k_stages(config);
   SelectSm90Smem s{};
   s.k = q_stages * 64 * config.head_dim * 2;
-  s.score = s.k + k_stages * kSelectTileKv * config.head_dim * 2;
-  s.code = s.score + config.tile_q * 4 * config.topk * 4;
-  s.work = s.code + config.tile_q * 4 * config.topk * 2;
+  s.lists = s.k + k_stages * kSelectTileKv * config.head_dim * 2;
+  s.work = s.lists + config.tile_q * 4 * config.topk * (select_sm90_pairs(config) ? 8 : 6);
   s.barriers = s.work + kSelectSm90WorkRing * kSelectSm90WorkBytes;
   s.bytes = s.barriers + 2 * (q_stages + k_stages + kSelectSm90WorkRing) * 8;
   return s;
@@ -115,8 +114,8 @@ static_assert(std::ranges::all_of(kSelectBlocksTable, [](const SelectBlocksConfi
 constexpr bool select_sm90_takes(const SelectBlocksConfig& config, const Problem& p) {
   const bool is_usual = p.kernel_size == 2 * p.kernel_stride && p.block_size == 4 * p.kernel_stride;
   const bool pairs_heads = p.num_heads_q != p.num_heads_kv;
-  // A lane numbers its eight blocks of each 32 with 16 bits.
-  const bool is_numbered = p.total_k / p.block_size < int64_t{4} << 16;
+  // Lists number blocks with 16 bits.
+  const bool is_numbered = p.total_k / p.block_size < int64_t{1} << 16;
   return is_usual && select_sm90_pairs(config) == pairs_heads && is_numbered &&
          p.head_dim > config.head_dim / 2 && p.topk <= config.topk;
 }

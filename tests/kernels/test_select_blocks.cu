@@ -209,6 +209,7 @@ int main(int argc, char** argv) {
         })
           test::bench(65536, q, kv, arch, scale);
       }
+      if (arch == Arch::kSm90a) test::bench(131072, 32, 8, arch, 1.f);
       if (arch == Arch::kSm90a && argc == 2) {
         test::bench(8192, 32, 8, arch, 1.f);
         test::bench(8192, 32, 32, arch, 1.f);

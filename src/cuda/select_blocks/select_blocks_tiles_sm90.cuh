@@ -8,8 +8,12 @@
 namespace fsattn {
 namespace device {
 
-template <SelectBlocksConfig kConfig>
+// kPairsOfHeads: of a group whose queries stay; 0: any number, they come again for each two tiles of keys.
+// kAny: any reduction and rounding.
+template <SelectBlocksConfig kConfig, int kPairsOfHeads, bool kAny>
 struct SelectSm90Traits {
+  static constexpr int kPairCount = kPairsOfHeads;
+  static constexpr bool kStreams = kPairsOfHeads == 0, kGeneral = kAny;
   using Element = ElementOf<kConfig.dtype>;
   static constexpr int kDim = kConfig.head_dim, kPanels = kDim / 64;
   static constexpr int kTileQ = kConfig.tile_q, kTileKv = kSelectTileKv;
@@ -26,7 +30,23 @@ struct SelectSm90Traits {
   static constexpr int kQStages = select_sm90_q_stages(kConfig);  // of a warpgroup
   static constexpr int kKStages = select_sm90_k_stages(kConfig);
   static constexpr int kProducerThreads = 64;  // of the keys, and of the queries
+  static constexpr SelectSm90Smem kAt = select_sm90_smem(kConfig);
 };
+
+// Arrives where `is_arriving`, without a branch.
+__device__ __forceinline__ void mbarrier_arrive_if(uint32_t bar, bool is_arriving) {
+  asm volatile(
+      "{\n .reg .b64 t;\n .reg .pred p;\n setp.ne.b32 p, %1, 0;\n"
+      " @p mbarrier.arrive.shared::cta.b64 t, [%0];\n}" ::"r"(bar),
+      "r"(static_cast<int>(is_arriving))
+      : "memory");
+}
+
+// x, where the compiler cannot know it: what depends on it is computed again instead of kept over a loop.
+__device__ __forceinline__ int renewed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // A stage of a ring in shared memory and the parity of its barrier.
 template <int kStages>
@@ -49,19 +69,15 @@ template <class Traits>
 struct SelectSm90 {
   const SelectBlocksParams& p;
   const SelectGeometry& g;
-  const SelectSm90Smem& at;
   unsigned char* smem;
   uint32_t base;
   int num_heads;  // of a group that count
   int num_items;  // of all CTAs
 
+  static constexpr SelectSm90Smem at = Traits::kAt;
   static constexpr int kQTiles = Traits::kGroups * Traits::kQStages;
 
   __device__ int num_pairs() const { return Traits::kPairs ? (num_heads + 1) / 2 : 1; }
-  // More tiles of queries than stages: they come again for each tile of keys.
-  __device__ bool streams_queries() const {
-    return Traits::kPairs && num_pairs() > Traits::kQStages;
-  }
   __device__ uint32_t queries(int group, int stage) const {
     return base + (group * Traits::kQStages + stage) * Traits::kQBytes;
   }
@@ -115,6 +131,7 @@ __device__ __forceinline__ void publish_item(const SelectSm90<Traits>& cta, cons
   const SelectRow last = select_row(cta.g, item.work, item.work.num_queries - 1);
   const int blocks = cta.g.topk > cta.g.init_blocks + cta.g.local_blocks ? last.local_begin : 0;
   item.num_tiles = ceil_div(blocks, kWarpSize);
+  if (Traits::kStreams) item.num_tiles = round_up(item.num_tiles, 2);
   mbarrier_arrive(cta.item_full(at.stage));
   at.advance();
 }
@@ -192,13 +209,11 @@ template <class Traits>
 __device__ __forceinline__ void produce_queries(const SelectSm90<Traits>& cta, const Band& band,
                                                 int thread) {
   ItemPosition publish_at;
-  int next = blockIdx.x;
-  const auto publish_next = [&] {
-    if (thread == 0 && next < cta.num_items) publish_item(cta, band, next, publish_at);
-    next += gridDim.x;
+  const auto publish = [&](int index) {
+    if (renewed(thread) == 0 && index < cta.num_items) publish_item(cta, band, index, publish_at);
     __syncwarp();
   };
-  publish_next();
+  publish(blockIdx.x);
   RingPosition<Traits::kQStages> at;
   const auto load = [&](const SelectWork& work, int pair) {
 #pragma unroll 1
@@ -211,11 +226,11 @@ __device__ __forceinline__ void produce_queries(const SelectSm90<Traits>& cta, c
   ItemPosition item_at;
 #pragma unroll 1
   for (int i = blockIdx.x; i < cta.num_items; i += gridDim.x) {
-    publish_next();
+    publish(i + gridDim.x);
     mbarrier_wait(cta.item_full(item_at.stage), item_at.parity);
     const SelectItem& item = cta.item(item_at.stage);
     const bool is_empty = item.work.num_queries <= 0 || item.num_tiles == 0;
-    const int rounds = is_empty ? 0 : cta.streams_queries() ? item.num_tiles : 1;
+    const int rounds = is_empty ? 0 : Traits::kStreams ? item.num_tiles / 2 : 1;
 #pragma unroll 1
     for (int round = 0; round < rounds; ++round) {
 #pragma unroll 1

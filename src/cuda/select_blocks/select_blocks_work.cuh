@@ -24,6 +24,7 @@ struct SelectWork {
 // The numbers of one call that every warp needs.
 struct SelectGeometry {
   int block_size, topk, init_blocks, local_blocks;
+  int log_block_size;
   int overlap;    // l / d: windows that cover a token
   int per_block;  // S / d: windows that start in a block
   int log_per_block;
@@ -43,7 +44,7 @@ struct SelectRow {
 __device__ __forceinline__ SelectRow select_row(const SelectGeometry& g, const SelectWork& work,
                                                 int row) {
   const int position = work.position + row;
-  const int query_block = position < 0 ? -1 : position / g.block_size;
+  const int query_block = position < 0 ? -1 : position >> g.log_block_size;
   SelectRow r;
   r.num_blocks = min(query_block + 1, work.num_blocks);
   r.num_init = min(min(g.init_blocks, r.num_blocks), g.topk);
@@ -62,6 +63,7 @@ inline SelectGeometry make_select_geometry(const SelectBlocksParams& p) {
   g.overlap = static_cast<int>(p.mask.kernel_size / p.mask.kernel_stride);
   g.per_block = static_cast<int>(p.block_size / p.mask.kernel_stride);
   while (1 << g.log_per_block < g.per_block) ++g.log_per_block;
+  while (1 << g.log_block_size < g.block_size) ++g.log_block_size;
   g.scale_log2 = static_cast<float>(p.shape.softmax_scale) * kLog2E;
   g.rounds_to_bf16 = p.score_dtype == ScoreDType::kBFloat16;
   return g;
