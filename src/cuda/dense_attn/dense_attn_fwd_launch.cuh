@@ -33,14 +33,23 @@ void launch_dense_attn_fwd(const AttnFwdTensors& tensors, const device::KeySet& 
     allow_shared_memory(kernel, Traits::kSmemBytes);
     const auto ctas = static_cast<unsigned>(std::min<int64_t>(tiles, num_sms));
     const AttnShape& shape = tensors.shape;
-    const auto make_map = [&](const Rows& rows, int64_t dim) {
-      if (keys.total_keys == 0) return CUtensorMap{};  // unused
-      return device::make_rows_map(rows, shape.dtype, keys.total_keys, shape.num_heads_kv, dim,
-                                   Traits::kTileKv);
+    const auto make_map = [&](const Rows& rows, int64_t tokens, int64_t heads, int64_t dim,
+                              int box_tokens) {
+      if (tokens == 0) return CUtensorMap{};  // unused
+      return device::make_rows_map(rows, shape.dtype, tokens, heads, dim, box_tokens);
     };
+    const auto query_map = [&](const Rows& rows, int64_t dim, int box_tokens) {
+      return make_map(rows, packing.total_q, shape.num_heads_q, dim, box_tokens);
+    };
+    const auto key_map = [&](const Rows& rows, int64_t dim) {
+      return make_map(rows, keys.total_keys, shape.num_heads_kv, dim, Traits::kTileKv);
+    };
+    const FwdSchedule schedule{static_cast<int>(tiles),
+                               static_cast<float>(shape.softmax_scale) * device::kLog2E};
     kernel<<<ctas, Traits::kThreads, Traits::kSmemBytes, cuda_stream>>>(
-        tensors, keys, make_map(tensors.k, shape.head_dim), make_map(tensors.v, shape.head_dim_v),
-        static_cast<int>(tiles));
+        tensors, keys, query_map(tensors.q, shape.head_dim, device::kPanelRows),
+        key_map(tensors.k, shape.head_dim), key_map(tensors.v, shape.head_dim_v),
+        query_map(tensors.o, shape.head_dim_v, kWarpQueries), schedule);
   } else {
     auto* kernel = dense_attn_fwd_kernel<Traits>;
     allow_shared_memory(kernel, Traits::kSmemBytes);

@@ -52,4 +52,13 @@ __device__ __forceinline__ void tma_load_3d(uint32_t dst, const CUtensorMap* map
       : "memory");
 }
 
+// Writes a box from shared memory, in the bulk group of the calling thread.
+__device__ __forceinline__ void tma_store_3d(const CUtensorMap* map, uint32_t src, int column,
+                                             int head, int token) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(src), "r"(column), "r"(head), "r"(token)
+      : "memory");
+}
+
 }  // namespace fsattn::device
