@@ -1,8 +1,10 @@
 // Hopper's primitives against naive products and plain copies: barriers, tensor copies, wgmma.
 // Operands are small integers, so the products are exact and results compare with ==.
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/device/barrier_sm90.cuh"
+#include "cuda/device/bulk_sm90.cuh"
 #include "cuda/device/copy_sm80.cuh"
 #include "cuda/device/mma_sm80.cuh"
 #include "cuda/device/tile_sm80.cuh"
@@ -102,6 +104,50 @@ TEST(sm90_tensor_copies_fill_with_zeros) {
     for (int column : {0, 64}) {
       test_tma<__nv_bfloat16>(DType::kBFloat16, column, token % 3, token);
       test_tma<__half>(DType::kFloat16, column, 2, token);
+    }
+  }
+}
+
+// Copies one box from a tensor to the same place of another.
+__global__ void tma_move_kernel(const __grid_constant__ CUtensorMap from,
+                                const __grid_constant__ CUtensorMap to, int column, int head,
+                                int token) {
+  __shared__ __align__(1024) char box[kBoxTokens * 128];
+  __shared__ __align__(8) uint64_t bar;
+  device::mbarrier_init(smem_address(&bar), 1);
+  device::mbarrier_init_fence();
+  device::mbarrier_arrive_expect(smem_address(&bar), sizeof(box));
+  device::tma_load_3d(smem_address(box), &from, column, head, token, smem_address(&bar),
+                      device::l2_evict_last());
+  device::mbarrier_wait(smem_address(&bar), 0);
+  device::tma_store_3d(&to, smem_address(box), column, head, token);
+  device::bulk_commit();
+  device::bulk_wait();
+}
+
+// What lies outside of the tensor stays as it is, the gaps between its rows included.
+TEST(sm90_tensor_copies_write_inside_alone) {
+  using Element = __nv_bfloat16;
+  constexpr int kTokens = 40, kHeads = 3, kDim = 96, kHeadStride = kDim + 8,
+                kTokenStride = kHeads * kHeadStride + 16;
+  const Matrix<Element> x(kTokens, kTokenStride, 12, 100), y(kTokens, kTokenStride, 13, 100);
+  const int head = 1;
+  for (int token : {0, 7, 30}) {
+    for (int column : {0, 64}) {
+      const DeviceArray<Element> dx(x.data), dy(y.data);
+      const auto map = [&](const DeviceArray<Element>& data) {
+        return device::make_rows_map({data.get(), kTokenStride, kHeadStride}, DType::kBFloat16,
+                                     kTokens, kHeads, kDim, kBoxTokens);
+      };
+      tma_move_kernel<<<1, 1>>>(map(dx), map(dy), column, head, token);
+      finish_kernel();
+      const int wrong = count_wrong(dy.host(), kTokens, kTokenStride, [&](int r, int c) {
+        const int col = c - head * kHeadStride;
+        const bool is_copied = r >= token && r < token + kBoxTokens && col >= column &&
+                               col < std::min(column + 64, kDim);
+        return is_copied ? x.at(r, c) : y.at(r, c);
+      });
+      EXPECT_EQ(wrong, 0);
     }
   }
 }
