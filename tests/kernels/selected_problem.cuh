@@ -43,7 +43,9 @@ __global__ void scale_values(Element* v, int64_t tokens, int64_t heads, int64_t 
        i += int64_t{gridDim.x} * blockDim.x) {
     const int64_t d = i % dim, h = i / dim % heads, t = i / dim / heads;
     Element& x = v[t * token_stride + h * head_stride + d];
-    assign(x, static_cast<float>(to_double(x)) * value_scale(values, t, d));
+    const float scale = value_scale(values, t, d);
+    // Infinities of one sign: saturated ones of both could cancel.
+    assign(x, isinf(scale) ? scale : static_cast<float>(to_double(x)) * scale);
   }
 }
 
