@@ -34,7 +34,7 @@ struct DenseBwdSm90Traits {
 inline constexpr int kFewHeads = 8;
 
 // What a CTA computes, and what each half of its keys has to do with it.
-struct FusedTileWork : KeyTileWork {
+struct HalvedTileWork : KeyTileWork {
   int first_end;     // tiles of queries up to this one see some key of the first half,
   int second_begin;  // those from this one on some of the second
   int full[2][2];    // the first and the last query that see all keys of a half
@@ -46,7 +46,7 @@ struct FusedTileWork : KeyTileWork {
 };
 
 template <class Traits>
-__device__ __forceinline__ void find_halves(FusedTileWork& work, const device::Band& band) {
+__device__ __forceinline__ void find_halves(HalvedTileWork& work, const device::Band& band) {
   const auto query = [&](int64_t position) {
     return static_cast<int>(min(max(position - work.offset, int64_t{-1}), int64_t{1} << 30));
   };
@@ -73,7 +73,8 @@ __device__ __forceinline__ void find_halves(FusedTileWork& work, const device::B
 }
 
 // By one thread a key.
-__device__ __forceinline__ void find_start(FusedTileWork& work, const device::Band& band, int key) {
+__device__ __forceinline__ void find_start(HalvedTileWork& work, const device::Band& band,
+                                           int key) {
   constexpr int64_t kFar = int64_t{1} << 30;
   const int64_t start = band.first_position(work.first_key + key) - work.offset;
   work.starts[key] =

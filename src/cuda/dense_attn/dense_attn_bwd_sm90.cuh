@@ -97,7 +97,7 @@ __device__ __forceinline__ void store_query_gradient(const DenseBwdSm90Smem<Trai
 // The warpgroup of dQ.
 template <class Traits>
 __device__ __forceinline__ void consume_scores(const DenseBwdSm90Smem<Traits>& smem,
-                                               const FusedTileWork& work) {
+                                               const HalvedTileWork& work) {
   using namespace device;
   const int lane = threadIdx.x % kWarpSize;
   int n = 0;
@@ -142,7 +142,7 @@ __device__ __forceinline__ void hand_over_scores(const DenseBwdSm90Smem<Traits>&
 // need should live in registers.
 template <class Traits>
 __device__ __forceinline__ void mask_step(uint32_t (&prob)[1][8][2], int reach,
-                                          const FusedTileWork& work, int first_query) {
+                                          const HalvedTileWork& work, int first_query) {
   const int thread = device::reread_thread_index(), lane = thread % device::kWarpSize;
   const int* full = work.full[thread / 128];
   if (first_query >= full[0] && first_query + Traits::kTileQ - 1 <= full[1]) return;
@@ -176,8 +176,9 @@ __device__ __forceinline__ void skip_step(const DenseBwdSm90Smem<Traits>& smem, 
 // A warpgroup of the keys: 64 of them over all steps.
 template <class Traits>
 __device__ __forceinline__ void consume_queries(const DenseBwdSm90Smem<Traits>& smem,
-                                                const device::Band& band, const FusedTileWork& work,
-                                                float (&dk)[64], float (&dv)[64]) {
+                                                const device::Band& band,
+                                                const HalvedTileWork& work, float (&dk)[64],
+                                                float (&dv)[64]) {
   using namespace device;
   using Element = typename Traits::Element;
   const int lane = threadIdx.x % kWarpSize, group = threadIdx.x / 128;
@@ -290,7 +291,8 @@ __device__ __forceinline__ void wait_keys_read() {
 template <class Traits>
 __device__ __forceinline__ void run_key_group(const DenseBwdSm90Smem<Traits>& smem,
                                               const AttnBwdTensors& p, const device::Band& band,
-                                              const DenseBwdBuffers& buffers, FusedTileWork& work) {
+                                              const DenseBwdBuffers& buffers,
+                                              HalvedTileWork& work) {
   const int group = threadIdx.x / 128;
   float dk[64] = {}, dv[64] = {};
   if (work.first_query <= work.last_query) {
@@ -314,7 +316,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                                const __grid_constant__ CUtensorMap dout_map) {
   using namespace device;
   extern __shared__ __align__(1024) unsigned char memory[];
-  __shared__ FusedTileWork work;
+  __shared__ HalvedTileWork work;
   const DenseBwdSm90Smem<Traits> smem{memory, smem_address(memory)};
   if (threadIdx.x == 0) {
     // Compressed keys: many tiles of a few heads at a time, so that dQ is added to in L2.
