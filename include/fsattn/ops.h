@@ -189,6 +189,8 @@ struct NativeSparseAttentionBwd {
   NsaConfig config;
   GateActivation activation = GateActivation::kSigmoid;
   size_t workspace_cap = size_t{1} << 30;
+  // k_cmp and v_cmp are compress_kv's means of k and v, whose gradients dk and dv then hold too. CUDA only.
+  bool adds_means = false;
   TensorView dq, dk, dv, dk_cmp, dv_cmp, dgates;  // out
 };
 

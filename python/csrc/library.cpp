@@ -63,14 +63,16 @@ void define_attention(torch::stable::detail::StableLibrary& m) {
          "Tensor k_cmp, Tensor v_cmp, Tensor gates, Tensor? topk_idx, " + kCompressedTail +
          ", int block_size, int topk, int init_blocks, int local_blocks, int window_size, "
          "float softmax_scale, int group_reduce, int score_dtype, int activation, "
-         "int workspace_cap, bool keep_o_sel=True) -> (Tensor o, Tensor topk_idx, Tensor o_cmp, "
+         "int workspace_cap, bool keep_o_sel=True, bool adds_means=False) -> (Tensor o, Tensor "
+         "topk_idx, Tensor o_cmp, "
          "Tensor o_sel, Tensor o_win, Tensor lse_cmp, Tensor lse_sel, Tensor lse_win)");
   define("native_sparse_attention_bwd(Tensor dout, " + qkv +
          "Tensor k_cmp, Tensor v_cmp, Tensor gates, Tensor topk_idx, Tensor o_cmp, Tensor o_sel, "
          "Tensor o_win, Tensor lse_cmp, Tensor lse_sel, Tensor lse_win, " +
          kCompressedTail +
          ", int block_size, int topk, int window_size, float softmax_scale, int activation, "
-         "int workspace_cap) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dk_cmp, Tensor dv_cmp, "
+         "int workspace_cap, bool adds_means=False) -> (Tensor dq, Tensor dk, Tensor dv, "
+         "Tensor dk_cmp, Tensor dv_cmp, "
          "Tensor dgates)");
 }
 

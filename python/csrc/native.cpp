@@ -33,7 +33,7 @@ Tensor8 native_sparse_attention_fwd(const Tensor& q, const Tensor& k, const Tens
                                     int64_t topk, int64_t init_blocks, int64_t local_blocks,
                                     int64_t window_size, double softmax_scale, int64_t group_reduce,
                                     int64_t score_dtype, int64_t activation, int64_t workspace_cap,
-                                    bool keep_o_sel) {
+                                    bool keep_o_sel, bool /*adds_means: of its backward*/) {
   NativeSparseAttentionFwd call;
   fill_inputs(call, {q, k, v, k_cmp, v_cmp, gates});
   call.seq = sequences(cu_q, cu_k, q_offset, max_q, max_k);
@@ -73,7 +73,7 @@ Tensor6 native_sparse_attention_bwd(
     const Tensor& lse_win, const Tensor& cu_q, const Tensor& cu_k, const Tensor& cu_cmp,
     const OptionalTensor& q_offset, int64_t max_q, int64_t max_k, int64_t kernel_size,
     int64_t kernel_stride, int64_t block_size, int64_t topk, int64_t window_size,
-    double softmax_scale, int64_t activation, int64_t workspace_cap) {
+    double softmax_scale, int64_t activation, int64_t workspace_cap, bool adds_means) {
   const Tensor dout_rows = readable_rows(dout);
   NativeSparseAttentionBwd call;
   call.dout = view("dout", dout_rows);
@@ -95,6 +95,7 @@ Tensor6 native_sparse_attention_bwd(
   call.config.softmax_scale = softmax_scale;
   call.activation = static_cast<GateActivation>(activation);
   call.workspace_cap = static_cast<size_t>(workspace_cap);
+  call.adds_means = adds_means;
   Tensor dq = allocate_like(q);
   Tensor dk = allocate_like(k);
   Tensor dv = allocate_like(v);

@@ -111,7 +111,7 @@ Tensor8 native_sparse_attention_fwd(const Tensor& q, const Tensor& k, const Tens
                                     int64_t topk, int64_t init_blocks, int64_t local_blocks,
                                     int64_t window_size, double softmax_scale, int64_t group_reduce,
                                     int64_t score_dtype, int64_t activation, int64_t workspace_cap,
-                                    bool keep_o_sel);
+                                    bool keep_o_sel, bool adds_means);
 Tensor6 native_sparse_attention_bwd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cmp,
     const Tensor& v_cmp, const Tensor& gates, const Tensor& topk_idx, const Tensor& o_cmp,
@@ -119,6 +119,6 @@ Tensor6 native_sparse_attention_bwd(
     const Tensor& lse_win, const Tensor& cu_q, const Tensor& cu_k, const Tensor& cu_cmp,
     const OptionalTensor& q_offset, int64_t max_q, int64_t max_k, int64_t kernel_size,
     int64_t kernel_stride, int64_t block_size, int64_t topk, int64_t window_size,
-    double softmax_scale, int64_t activation, int64_t workspace_cap);
+    double softmax_scale, int64_t activation, int64_t workspace_cap, bool adds_means);
 
 }  // namespace fsattn::torch_binding

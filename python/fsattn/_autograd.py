@@ -90,10 +90,11 @@ def _setup_native_sparse_attention(ctx, inputs, output):
     if inputs[6] is not None:
         topk_idx = inputs[6]
     max_q, max_k, kernel_size, kernel_stride, block_size, topk, *more = inputs[_NSA_TENSORS:]
-    _init, _local, window_size, softmax_scale, _reduce, _score, activation, cap, *_ = more
+    _init, _local, window_size, softmax_scale, _reduce, _score, activation, cap, *flags = more
+    adds_means = flags[1] if len(flags) > 1 else False
     tensors = (*inputs[:6], topk_idx, *branches, *inputs[7:_NSA_TENSORS])
     options = (max_q, max_k, kernel_size, kernel_stride, block_size, topk)
-    _save(ctx, tensors, (*options, window_size, softmax_scale, activation, cap))
+    _save(ctx, tensors, (*options, window_size, softmax_scale, activation, cap, adds_means))
     ctx.num_inputs = len(inputs)
 
 

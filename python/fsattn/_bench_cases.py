@@ -212,10 +212,8 @@ def _whole(problem: Problem) -> Case:
     q, k, v, gates = problem.q(), problem.k(), problem.v(), problem.gates()
 
     def forward() -> Tensor:
-        k_cmp, _ = functional.compress_kv(k, **problem.windows)
-        v_cmp, _ = functional.compress_kv(v, **problem.windows)
         return functional.native_sparse_attention(
-            q, k, v, k_cmp, v_cmp, gates,
+            q, k, v, None, None, gates,
             window_size=config.window_size, **problem.windows, **problem.blocks,
         )  # fmt: skip
 

@@ -9,12 +9,21 @@ from ._library import call, wants_gradient
 _ops = torch.ops.fsattn
 
 
+def _mean(x: Tensor, seq: arguments.Sequences, kernel_size: int, kernel_stride: int):
+    """The mean of every window of packed rows, and cu_seqlens_cmp."""
+    kind = arguments.COMPRESS_KINDS["mean"]
+    return call(
+        _ops.compress_kv_fwd.default,
+        *(x, seq.cu_k, None, None, seq.max_k, kernel_size, kernel_stride, kind),
+    )
+
+
 def native_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
+    k_cmp: Tensor | None,
+    v_cmp: Tensor | None,
     gates: Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
@@ -46,7 +55,8 @@ def native_sparse_attention(
 
     Args:
         k, v: what the selected and the window branch read.
-        k_cmp, v_cmp: from compress_kv, what the compressed branch and the selection read.
+        k_cmp, v_cmp: from compress_kv, what the compressed branch and the selection read. None for both
+            stands for the means of k and v, whose gradients then cost next to nothing on CUDA.
         topk_idx: replaces the selection; topk, init_blocks, local_blocks, group_reduce and
             score_dtype are not used then.
         return_topk_idx: also return the selection, int32 [Hkv, total_q, topk] or batched.
@@ -55,9 +65,9 @@ def native_sparse_attention(
     Returns:
         o, or a tuple (o, topk_idx, lses) of it and what was asked for.
     """
-    arguments.check_tensors(q=q, k=k, v=v, k_cmp=k_cmp, v_cmp=v_cmp, gates=gates)
-    arguments.check_optional_tensors(topk_idx=topk_idx)
-    arguments.check_same_layout("q", q, k=k, v=v, k_cmp=k_cmp, v_cmp=v_cmp)
+    arguments.check_tensors(q=q, k=k, v=v, gates=gates)
+    arguments.check_optional_tensors(k_cmp=k_cmp, v_cmp=v_cmp, topk_idx=topk_idx)
+    arguments.check_same_layout("q", q, k=k, v=v)
     arguments.check_ints(
         kernel_size=kernel_size,
         kernel_stride=kernel_stride,
@@ -76,21 +86,37 @@ def native_sparse_attention(
         *(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q_offset),
         **arguments.key_rows(k),
     )
-    cu_cmp = arguments.check_cu_cmp(cu_seqlens_cmp, k_cmp, seq.batch)
+    rows = [arguments.fold(x) for x in (q, k, v)]
+    adds_means = False
+    if k_cmp is None and v_cmp is None:
+        if cu_seqlens_cmp is not None:
+            raise ValueError("cu_seqlens_cmp: must not be given without k_cmp and v_cmp")
+        # The backward on CUDA adds the gradients of the means to those of k and v itself.
+        adds_means = k.is_cuda
+        means = [
+            _mean(x.detach() if adds_means else x, seq, kernel_size, kernel_stride)
+            for x in rows[1:]
+        ]
+        (k_rows, cu_cmp), (v_rows, _) = means
+    else:
+        arguments.check_tensors(k_cmp=k_cmp, v_cmp=v_cmp)
+        arguments.check_same_layout("q", q, k_cmp=k_cmp, v_cmp=v_cmp)
+        cu_cmp = arguments.check_cu_cmp(cu_seqlens_cmp, k_cmp, seq.batch)
+        k_rows, v_rows = arguments.fold(k_cmp), arguments.fold(v_cmp)
     given = None
     if topk_idx is not None:
         arguments.check_same_layout("q", q, topk_idx=topk_idx)
         given = arguments.fold_heads_first(topk_idx, seq.batch)
         topk = topk_idx.shape[-1]
-    keeps_o_sel = wants_gradient((q, k, v, k_cmp, v_cmp, gates))
+    keeps_o_sel = wants_gradient((*rows, k_rows, v_rows, gates))
     o, selection, *branches = call(
         _ops.native_sparse_attention_fwd.default,
-        *(arguments.fold(x) for x in (q, k, v, k_cmp, v_cmp)),
+        *(*rows, k_rows, v_rows),
         *(arguments.fold_gates(gates, seq.batch), given),
         *(seq.cu_q, seq.cu_k, cu_cmp, seq.q_offset, seq.max_q, seq.max_k),
         *(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, window_size),
         *(arguments.resolve_scale(softmax_scale), *codes, arguments.resolve_cap(workspace_cap)),
-        keeps_o_sel,
+        *(keeps_o_sel, adds_means),
     )
     results = [arguments.unfold(o, seq.batch)]
     if return_topk_idx:

@@ -153,6 +153,13 @@ void check_gradients(NsaBwdParams& params, Arguments& args, const NativeSparseAt
   window.accumulate_dkv = true;
 }
 
+MeanGradients mean_gradients(const Arguments& args, const CompressedAttnBwdParams& compressed) {
+  FSATTN_CHECK(args.is_cuda(), kUnsupported, "adds_means: must be false on the CPU, found true");
+  const CompressedMask& mask = compressed.mask;
+  return {compressed.attn.dk, compressed.attn.dv, mask.cu_cmp,
+          mask.total_cmp,     mask.kernel_size,   mask.kernel_stride};
+}
+
 GateBwdParams gate_backward(Arguments& args, const NativeSparseAttentionBwd& call,
                             const NsaInputs& in, const NsaBwdParams& params) {
   const GateShape& shape = in.gate_shape;
@@ -231,6 +238,7 @@ Checked<NsaBwdProblem, NsaBwdParams> validate(const NativeSparseAttentionBwd& ca
       branch_backward(args, in.rows, in.packing, {"o_win", call.o_win, "lse_win", call.lse_win});
   params.window.mask = in.window;
   check_gradients(params, args, call, in);
+  if (call.adds_means) params.selected.means = mean_gradients(args, params.compressed);
   params.gate = gate_backward(args, call, in, params);
   args.check_aliasing();
 

@@ -50,12 +50,23 @@ struct AttnFwdTensors {
   Stats lse;  // natural logarithm; -inf where a query sees no key
 };
 
-// The dQ of compressed and of window attention as one sum, where the kernels of both keep theirs in fp32
-// (plan/dense_attn_table.h): compressed attention opens it, window attention adds to it and rounds.
+// The dQ of window and of compressed attention as one sum, where the kernels of both keep theirs in fp32
+// (plan/dense_attn_table.h): window attention opens it, compressed attention adds to it, and selected
+// attention adds it, times softmax_scale, to its own before that is rounded.
 struct SharedDq {
   float* sums;                 // null: not shared
-  int32_t* turns;              // what this kernel notes of its additions
-  const int32_t* prior_turns;  // those of compressed attention, for window attention; else null
+  int32_t* turns;              // what the kernel that adds notes of its additions
+  const int32_t* prior_turns;  // those of the kernel before it; null when it is the first
+};
+
+// Gradients of compress_kv's means of k and v, dk_cmp and dv_cmp, that selected attention adds to the tokens of
+// their windows.
+struct MeanGradients {
+  Rows dk, dv;  // data is null when there are none
+  const int32_t* cu_cmp;
+  int64_t total_cmp;
+  int64_t kernel_size;
+  int64_t kernel_stride;
 };
 
 struct AttnBwdTensors {
@@ -95,6 +106,10 @@ struct AttnBwdParams {
   Mask mask;
   size_t workspace_cap;
   Scratch scratch;
+  // Selected attention only.
+  MeanGradients means = {};
+  // Where what it adds to (dq_sums, dk, dv, means) may still be under way; null when it is not.
+  Stream side = nullptr;
 };
 
 using CompressedAttnFwdParams = AttnFwdParams<CompressedMask>;

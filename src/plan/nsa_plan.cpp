@@ -24,6 +24,23 @@ size_t stats_bytes(const Problem& gate) {
   return static_cast<size_t>(gate.total_q * gate.num_heads_q) * 2 * sizeof(float);
 }
 
+// The block index of selected attention as a step of its own.
+void add_index(WorkspaceLayout& layout, NsaBwdPlan& plan, const NsaBwdProblem& problem,
+               const DeviceInfo& device) {
+  Problem index = problem.selected;
+  index.op = Op::kBlockIndex;
+  index.pass = Pass::kFwd;
+  plan.index = make_plan(index, device);
+  const int64_t heads = index.num_heads_kv;
+  const auto bytes_of = [](int64_t count) { return static_cast<size_t>(count) * sizeof(int32_t); };
+  plan.index_start = layout.add(bytes_of(heads * (index.num_block_slots() + 1)));
+  plan.index_entry = layout.add(bytes_of(heads * index.total_q * index.topk));
+  plan.scratch_index = layout.add(plan.index.workspace_bytes);
+  index = problem.selected;
+  index.has_block_index = true;
+  plan.selected = make_plan(index, device);
+}
+
 // What a plan that shares dQ needs beside the scratch memory of its steps.
 void add_shared_dq(WorkspaceLayout& layout, NsaBwdPlan& plan, const NsaBwdProblem& problem) {
   plan.compressed.workspace_bytes =
@@ -33,8 +50,8 @@ void add_shared_dq(WorkspaceLayout& layout, NsaBwdPlan& plan, const NsaBwdProble
   const int64_t turns = dense_num_turns(p.batch, p.total_q, p.num_heads_q);
   const auto turn_bytes = static_cast<size_t>(turns) * sizeof(int32_t);
   plan.dq_sums = layout.add(static_cast<size_t>(dense_dq_sums_bytes(p.total_q, p.num_heads_q)));
-  plan.turns_cmp = layout.add(turn_bytes);
   plan.turns_win = layout.add(turn_bytes);
+  plan.turns_cmp = layout.add(turn_bytes);
   plan.scratch_cmp = layout.add(plan.compressed.workspace_bytes);
 }
 
@@ -92,7 +109,10 @@ NsaBwdPlan make_plan(const NsaBwdProblem& problem, const DeviceInfo& device) {
   plan.stats_sel = layout.add(stats);
   plan.stats_win = layout.add(stats);
   plan.shares_dq = has_fused_bwd(plan.compressed.arch) && has_fused_bwd(plan.window.arch);
-  if (plan.shares_dq) add_shared_dq(layout, plan, problem);
+  if (plan.shares_dq) {
+    add_index(layout, plan, problem, device);
+    add_shared_dq(layout, plan, problem);
+  }
   plan.scratch =
       layout.add(largest_workspace({&plan.gate, &plan.compressed, &plan.selected, &plan.window}));
   plan.workspace_bytes = layout.bytes();
@@ -109,6 +129,10 @@ std::string to_string(const NsaFwdPlan& plan) {
 }
 
 std::string to_string(const NsaBwdPlan& plan) {
+  if (plan.shares_dq) {
+    return steps_text("bwd", plan.workspace_bytes,
+                      {&plan.index, &plan.gate, &plan.window, &plan.compressed, &plan.selected});
+  }
   return steps_text("bwd", plan.workspace_bytes,
                     {&plan.gate, &plan.compressed, &plan.selected, &plan.window});
 }

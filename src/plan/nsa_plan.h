@@ -26,10 +26,13 @@ struct NsaBwdPlan {
   bool folds_gates = false;
   Region do_cmp, do_sel, do_win;           // empty when gates are folded
   Region stats_cmp, stats_sel, stats_win;  // empty otherwise
-  // Compressed and window attention add up one dQ in fp32 (SharedDq of params/attention.h), which
-  // makes compressed and selected attention independent: they run on two streams.
+  // Window and compressed attention add up one dQ in fp32 (SharedDq of params/attention.h), which
+  // makes compressed and selected attention independent up to the sums of the latter: they run on two
+  // streams. The index of selected attention is a step of its own then, beside the gate.
   bool shares_dq = false;
-  Region dq_sums, turns_cmp, turns_win, scratch_cmp;
+  Plan index;
+  Region index_start, index_entry, scratch_index;
+  Region dq_sums, turns_win, turns_cmp, scratch_cmp;
   Region scratch;
   size_t workspace_bytes = 0;
 };

@@ -1,3 +1,4 @@
+#include "base/math.h"
 #include "run/backends.h"
 #include "run/nsa.h"
 #include "run/region.h"
@@ -42,28 +43,59 @@ void run_folded_gate(const NsaBwdPlan& plan, NsaBwdParams& p, void* workspace, S
   run_step(plan.gate, params, scratch_in(workspace, plan.scratch), stream);
 }
 
-// Compressed attention leaves its part of dq in the sums, so selected attention beside it writes dq.
-// In a short sequence the former has few key tiles, of very different work: alone it would leave the
-// GPU half empty.
-void run_branches_with_shared_dq(const NsaBwdPlan& plan, NsaBwdParams& p, void* workspace,
-                                 Stream stream) {
+void run_gate_step(const NsaBwdPlan& plan, NsaBwdParams& p, void* workspace, Stream stream) {
+  if (plan.folds_gates) {
+    run_folded_gate(plan, p, workspace, stream);
+  } else {
+    run_gate(plan, p, workspace, stream);
+  }
+}
+
+// The block index of selected attention, of use to it alone.
+void run_index(const NsaBwdPlan& plan, const SelectedAttnBwdParams& selected, void* workspace,
+               Stream stream) {
+  const BlockIndexParams params{
+      selected.attn.packing, selected.attn.shape.num_heads_kv, selected.mask, {}};
+  run_step(plan.index, params, scratch_in(workspace, plan.scratch_index), stream);
+}
+
+BlockIndexView index_in(void* workspace, const NsaBwdPlan& plan, const SelectedMask& mask,
+                        const Packing& packing) {
+  return {static_cast<int32_t*>(data_in(workspace, plan.index_start)),
+          static_cast<int32_t*>(data_in(workspace, plan.index_entry)),
+          first_block_slot(packing.total_k, packing.batch, mask.block_size)};
+}
+
+// Window and compressed attention leave their parts of dq in the sums, so compressed and selected
+// attention depend on each other only where the latter adds up its own: they share the device. In a
+// short sequence the former has few key tiles, of very different work: alone it would leave the GPU half
+// empty. The index is built beside the gate, which waits for memory.
+void run_sharing_dq(const NsaBwdPlan& plan, NsaBwdParams& p, void* workspace, Stream stream) {
   auto* sums = static_cast<float*>(data_in(workspace, plan.dq_sums));
-  auto* turns_cmp = static_cast<int32_t*>(data_in(workspace, plan.turns_cmp));
   auto* turns_win = static_cast<int32_t*>(data_in(workspace, plan.turns_win));
-  p.compressed.attn.shared_dq = {sums, turns_cmp, nullptr};
-  p.window.attn.shared_dq = {sums, turns_win, turns_cmp};
+  auto* turns_cmp = static_cast<int32_t*>(data_in(workspace, plan.turns_cmp));
+  p.window.attn.shared_dq = {sums, turns_win, nullptr};
+  p.window.attn.accumulate_dkv = false;
+  p.compressed.attn.shared_dq = p.selected.attn.shared_dq = {sums, turns_cmp, turns_win};
   p.selected.attn.accumulate_dq = false;
+  p.selected.attn.accumulate_dkv = true;
+  p.selected.mask.index = index_in(workspace, plan, p.selected.mask, p.selected.attn.packing);
   const Backend& backend = backend_of(plan.compressed);
   const Scratch scratch = scratch_in(workspace, plan.scratch);
   const Scratch scratch_cmp = scratch_in(workspace, plan.scratch_cmp);
-  const Stream side = backend.fork_stream(stream);
-  run_step(plan.compressed, p.compressed, scratch_cmp, side);  // -> dk_cmp, dv_cmp, sums
-  run_step(plan.selected, p.selected, scratch, stream);        // -> dq, dk, dv
+  Stream side = backend.fork_stream(stream);
+  run_index(plan, p.selected, workspace, side);
+  run_gate_step(plan, p, workspace, stream);
   backend.join_stream(side, stream);
-  run_step(plan.window, p.window, scratch, stream);  // sums -> dq added; dk, dv added
+  run_step(plan.window, p.window, scratch, stream);  // -> sums, dk, dv
+  side = backend.fork_stream(stream);
+  run_step(plan.compressed, p.compressed, scratch_cmp, side);  // -> sums, dk_cmp, dv_cmp
+  p.selected.side = side;
+  run_step(plan.selected, p.selected, scratch, stream);  // -> dq from all, dk and dv added
 }
 
-void run_branches(const NsaBwdPlan& plan, const NsaBwdParams& p, void* workspace, Stream stream) {
+void run_in_turn(const NsaBwdPlan& plan, NsaBwdParams& p, void* workspace, Stream stream) {
+  run_gate_step(plan, p, workspace, stream);
   const Scratch scratch = scratch_in(workspace, plan.scratch);
   run_step(plan.compressed, p.compressed, scratch, stream);  // -> dq, dk_cmp, dv_cmp
   run_step(plan.selected, p.selected, scratch, stream);      // -> dq added; dk, dv
@@ -75,16 +107,7 @@ void run_branches(const NsaBwdPlan& plan, const NsaBwdParams& p, void* workspace
 void run_nsa_bwd(const NsaBwdPlan& plan, const NsaBwdParams& params, void* workspace,
                  Stream stream) {
   NsaBwdParams p = params;
-  if (plan.folds_gates) {
-    run_folded_gate(plan, p, workspace, stream);
-  } else {
-    run_gate(plan, p, workspace, stream);
-  }
-  if (plan.shares_dq) {
-    run_branches_with_shared_dq(plan, p, workspace, stream);
-  } else {
-    run_branches(plan, p, workspace, stream);
-  }
+  (plan.shares_dq ? run_sharing_dq : run_in_turn)(plan, p, workspace, stream);
 }
 
 }  // namespace fsattn

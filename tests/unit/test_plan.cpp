@@ -286,8 +286,8 @@ TEST(nsa_backward_shares_dq) {
   const NsaBwdPlan plan = make_plan(nsa_bwd(DeviceType::kCuda), kH200);
   EXPECT_TRUE(plan.shares_dq);
   size_t end = plan.do_win.offset + plan.do_win.bytes;
-  for (const Region& region :
-       {plan.dq_sums, plan.turns_cmp, plan.turns_win, plan.scratch_cmp, plan.scratch}) {
+  for (const Region& region : {plan.index_start, plan.index_entry, plan.scratch_index, plan.dq_sums,
+                               plan.turns_win, plan.turns_cmp, plan.scratch_cmp, plan.scratch}) {
     EXPECT_EQ(region.offset % kWorkspaceAlignment, 0);
     EXPECT_TRUE(region.offset >= end && region.bytes > 0);
     end = region.offset + region.bytes;
@@ -295,6 +295,15 @@ TEST(nsa_backward_shares_dq) {
   EXPECT_TRUE(end <= plan.workspace_bytes);
   EXPECT_TRUE(plan.scratch_cmp.bytes >= plan.compressed.workspace_bytes);
   EXPECT_EQ(plan.dq_sums.bytes, size_t{8192} * 32 * 128 * 4);
+  EXPECT_EQ(plan.index_entry.bytes, size_t{8192} * 8 * 16 * 4);
+  const std::string text = to_string(plan);
+  size_t at = 0;
+  for (const char* step :
+       {"\n  build_block_index fwd: ", "\n  gate bwd: ", "\n  window_attention bwd: ",
+        "\n  compressed_attention bwd: ", "\n  selected_attention bwd: "}) {
+    at = text.find(step, at);
+    EXPECT_TRUE(at != std::string::npos);
+  }
 
   NsaBwdProblem many_heads = nsa_bwd(DeviceType::kCuda);
   for (Problem* step :

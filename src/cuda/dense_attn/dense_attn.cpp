@@ -42,7 +42,7 @@ void launch_fwd(int row, const Params& params, Stream stream) {
 
 // `split_rows`: rows of k that may get partial results, 0 when the work is not split.
 template <class Params>
-void launch_bwd(Op op, int row, const Params& params, int64_t split_rows, Stream stream) {
+void launch_bwd(int row, const Params& params, int64_t split_rows, Stream stream) {
   const AttnBwdTensors& attn = params.attn;
   const AttnShape& shape = attn.shape;
   const Arch arch = kDenseAttnBwdTable.at(static_cast<size_t>(row)).arch;
@@ -67,7 +67,7 @@ void launch_bwd(Op op, int row, const Params& params, int64_t split_rows, Stream
     buffers.dq_sums = shared.sums;
     buffers.turns = shared.turns;
     buffers.num_turns = dense_num_turns(packing.batch, packing.total_q, shape.num_heads_q);
-    buffers.leaves_dq = op == Op::kCompressedAttn;
+    buffers.leaves_dq = true;
     buffers.prior_turns = shared.prior_turns;
   }
   buffers.splits =
@@ -88,12 +88,11 @@ void launch_window_attn_fwd(int row, const WindowAttnFwdParams& params, Stream s
 }
 
 void launch_compressed_attn_bwd(int row, const CompressedAttnBwdParams& params, Stream stream) {
-  launch_bwd(Op::kCompressedAttn, row, params,
-             params.attn.packing.total_k / params.mask.kernel_stride, stream);
+  launch_bwd(row, params, params.attn.packing.total_k / params.mask.kernel_stride, stream);
 }
 
 void launch_window_attn_bwd(int row, const WindowAttnBwdParams& params, Stream stream) {
-  launch_bwd(Op::kWindowAttn, row, params, 0, stream);
+  launch_bwd(row, params, 0, stream);
 }
 
 }  // namespace fsattn

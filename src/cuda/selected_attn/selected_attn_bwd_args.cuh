@@ -7,6 +7,7 @@ namespace fsattn::selected {
 
 struct BwdArgs {
   AttnBwdTensors attn;
+  MeanGradients means;
   const int32_t* entries;  // [Hkv, total_q * topk]
   int64_t entry_stride;    // total_q * topk
   ItemList list;

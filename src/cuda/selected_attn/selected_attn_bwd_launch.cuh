@@ -6,6 +6,7 @@
 #include "cuda/selected_attn/selected_attn_bwd_reduce.cuh"
 #include "cuda/selected_attn/selected_attn_bwd_sm80.cuh"
 #include "cuda/selected_attn/selected_attn_bwd_sm90.cuh"
+#include "cuda/side_stream.h"
 
 namespace fsattn {
 namespace selected {
@@ -14,6 +15,7 @@ inline BwdArgs make_bwd_args(const SelectedAttnBwdParams& params, const Selected
                              const SelectedBwdLayout& layout, char* scratch) {
   BwdArgs a{};
   a.attn = params.attn;
+  a.means = params.means;
   a.entry_stride = shape.total_q * shape.topk;
   a.list.capacity = static_cast<int>(layout.split.item_capacity);
   a.space = make_row_space(shape, layout.split);
@@ -46,16 +48,17 @@ template <SelectedAttnBwdConfig kConfig>
 void launch_sums(const BwdArgs& a, const ItemArgs& build, int64_t heads, cudaStream_t stream) {
   using Element = device::ElementOf<kConfig.dtype>;
   constexpr int kLanes = kConfig.head_dim > 128 ? 32 : kConfig.head_dim / 8;
-  const auto rows = static_cast<unsigned>(a.space.range * a.space.group);
-  const dim3 grid(ceil_div(rows, static_cast<unsigned>(kReduceThreads / kLanes)),
-                  static_cast<unsigned>(a.list.num_segments));
   constexpr bool kInterleaved = kConfig.arch == Arch::kSm90a;
-  selected_attn_dq_kernel<Element, kLanes, kInterleaved><<<grid, kReduceThreads, 0, stream>>>(a);
   using Sum = std::conditional_t<kInterleaved, DkvOfWgmma<Element>, DkvOfFp32<Element>>;
-  const int slices =
+  SumArgs args{a, build};
+  args.heads = static_cast<int>(heads);
+  args.num_slices =
       ceil_div(a.keys * (a.chunks_qk + a.chunks_v) * 8 / Sum::kColumns, kDkvSlice<Sum>);
-  const dim3 parts(static_cast<unsigned>(a.num_parts * slices), static_cast<unsigned>(heads));
-  selected_attn_dkv_kernel<Sum><<<parts, kReduceThreads, 0, stream>>>(DkvArgs{a, build});
+  args.dkv_ctas = a.num_parts * args.num_slices * args.heads;
+  args.row_ctas = ceil_div(a.space.range * a.space.group, kReduceThreads / kLanes);
+  const int ctas = args.dkv_ctas + args.row_ctas * a.list.num_segments;
+  selected_attn_sums_kernel<Element, kLanes, kInterleaved>
+      <<<static_cast<unsigned>(ctas), kReduceThreads, 0, stream>>>(args);
 }
 
 // The main kernel of a row: how many CTAs of it the device holds, and its launch.
@@ -97,13 +100,19 @@ requires(kConfig.arch == Arch::kSm90a) struct BwdKernel<kConfig> {
   CUtensorMap k_map, v_map;
 };
 
+// The sums read what the second stream writes; once they may, so may all later launches.
+inline void wait_for_side(Stream side, cudaStream_t stream) {
+  if (side != nullptr) join_stream(side, stream);
+}
+
 // One launch: the segments `a.space.first_segment` and on, of `heads` KV heads.
 template <SelectedAttnBwdConfig kConfig>
 void run_bwd_launch(const BwdKernel<kConfig>& kernel, const BwdArgs& a, const ItemArgs& build,
-                    int64_t heads, int num_ctas, cudaStream_t stream) {
+                    int64_t heads, int num_ctas, Stream side, cudaStream_t stream) {
   const int64_t slots = int64_t{a.list.num_segments} * a.space.range * a.space.partials;
   FSATTN_CUDA_CHECK(cudaMemsetAsync(a.marks, 0, static_cast<size_t>(slots), stream));
   kernel.launch(a, num_ctas, stream);
+  wait_for_side(side, stream);
   launch_sums<kConfig>(a, build, heads, stream);
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
@@ -155,7 +164,8 @@ void run_bwd(const SelectedAttnBwdParams& params, Stream stream) {
     a.list.counter = counters + launch;
     a.is_first = range == 0;
     a.is_last = range + ranges == layout.split.num_ranges;
-    run_bwd_launch<kConfig>(kernel, a, build, heads, num_ctas, cuda_stream);
+    const Stream side = launch == 0 ? params.side : nullptr;
+    run_bwd_launch<kConfig>(kernel, a, build, heads, num_ctas, side, cuda_stream);
   }
 }
 
@@ -180,6 +190,7 @@ inline void zero_dkv(const SelectedAttnBwdParams& params, cudaStream_t stream) {
 template <SelectedAttnBwdConfig kConfig>
 void launch_selected_attn_bwd(const SelectedAttnBwdParams& params, Stream stream) {
   if (params.attn.packing.total_q == 0) {
+    selected::wait_for_side(params.side, static_cast<cudaStream_t>(stream));
     selected::zero_dkv(params, static_cast<cudaStream_t>(stream));
   } else {
     selected::run_bwd<kConfig>(params, stream);

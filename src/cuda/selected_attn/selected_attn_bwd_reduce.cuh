@@ -1,8 +1,10 @@
 // The kernels around the main kernel of the selected backward: row statistics before it, and after it
 // the sums of dQ over places and of dK, dV over work items, both in a fixed order.
 #pragma once
+#include "cuda/device/packing.cuh"
 #include "cuda/device/vector.cuh"
 #include "cuda/selected_attn/selected_attn_bwd_args.cuh"
+#include "plan/dense_attn_table.h"
 
 namespace fsattn::selected {
 
@@ -52,31 +54,59 @@ __device__ __forceinline__ int dq_column(int lane, int pair) {
   return kInterleaved ? lane / 4 * 32 + pair * 8 + lane % 4 * 2 : lane * 8 + pair * 2;
 }
 
-// dq[t, h] = sum over the written partial rows, in ascending order of place. kLanes lanes a row, grid
-// (rows of a segment, segments).
+// A row of the sums of dQ that the other branches left (SharedDq in params/attention.h): 128 columns, whose
+// chunks of 8 are swizzled by the row in its tile. data is null where none of their keys is seen.
+struct SumsRow {
+  const float* data;
+  int swizzle;
+};
+
+__device__ __forceinline__ SumsRow find_sums(const BwdArgs& a, int token, int head) {
+  const SharedDq& shared = a.attn.shared_dq;
+  const Packing& packing = a.attn.packing;
+  const int batch = static_cast<int>(packing.batch);
+  const int seq = device::find_sequence(packing.cu_q, batch, token);
+  if (seq >= batch) return {nullptr, 0};
+  const int begin = max(__ldg(packing.cu_q + seq), 0), row = token - begin;
+  if (row < 0) return {nullptr, 0};
+  const int slot = begin / kTurnQueries + seq + row / kTurnQueries;
+  const int64_t turn = 1 + int64_t{slot} * a.attn.shape.num_heads_q + head;
+  if (shared.turns[turn] == 0 && shared.prior_turns[turn] == 0) return {nullptr, 0};
+  return {shared.sums + (head * packing.total_q + token) * 128, row % 8};
+}
+
+// dq[t, h] = sum over the written partial rows, in ascending order of place, on top of what is there. kLanes lanes a row; a CTA
+// takes rows of a segment.
 template <class Element, int kLanes, bool kInterleaved>
-__global__ void __launch_bounds__(kReduceThreads)
-    selected_attn_dq_kernel(const __grid_constant__ BwdArgs a) {
+__device__ __forceinline__ void sum_dq(const BwdArgs& a, int row_cta, int local_segment) {
   constexpr int kUnroll = 8;  // rows in flight a lane
   const RowSpace& space = a.space;
-  const int segment = space.first_segment + blockIdx.y, kv_head = segment / space.num_ranges;
-  const int row = blockIdx.x * (kReduceThreads / kLanes) + threadIdx.x / kLanes;
+  const int segment = space.first_segment + local_segment, kv_head = segment / space.num_ranges;
+  const int row = row_cta * (kReduceThreads / kLanes) + threadIdx.x / kLanes;
   const int local = space.group_div.quotient(row), h = space.group_div.remainder(row, local);
   const int token = (segment - kv_head * space.num_ranges) * space.range + local;
   const int lane = threadIdx.x % kLanes;
   if (local >= space.range || token >= a.attn.packing.total_q || lane >= a.chunks_qk) return;
-  const int64_t slot0 = (int64_t{blockIdx.y} * space.range + local) * space.partials;
+  const int64_t slot0 = (int64_t{local_segment} * space.range + local) * space.partials;
   const uint4* source =
       static_cast<const uint4*>(a.dq_partial) + (slot0 * space.group + h) * a.chunks_qk + lane;
   const int64_t stride = int64_t{space.group} * a.chunks_qk;
-  Element* dq = row_pointer16<Element>(a.attn.dq, token, kv_head * space.group + h);
+  const int head = kv_head * space.group + h;
+  Element* dq = row_pointer16<Element>(a.attn.dq, token, head);
   const auto pair_of_dq = [&](int i) {
     return reinterpret_cast<uint32_t*>(dq + dq_column<kInterleaved>(lane, i));
   };
   float2 sum[4] = {};
+  const SumsRow sums =
+      a.attn.shared_dq.sums == nullptr ? SumsRow{nullptr, 0} : find_sums(a, token, head);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (a.attn.accumulate_dq) sum[i] = device::unpack_pair<Element>(*pair_of_dq(i));
+    if (sums.data == nullptr) continue;
+    const int column = dq_column<kInterleaved>(lane, i);
+    const float2 x = __ldcs(
+        reinterpret_cast<const float2*>(sums.data + (column / 8 ^ sums.swizzle) * 8 + column % 8));
+    sum[i] = {x.x * a.scale, x.y * a.scale};
   }
   for (int s0 = 0; s0 < space.partials; s0 += kUnroll) {
     uint4 chunk[kUnroll];
@@ -117,6 +147,13 @@ struct DkvOfFp32 {
   __device__ __forceinline__ void add(const float4& x) {
     sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
   }
+  // Adds `scale` times a row like that of a key, from `column` on.
+  __device__ __forceinline__ void add_row(const Element* row, int column, float scale) {
+    const uint2 x = *reinterpret_cast<const uint2*>(row + column);
+    const float2 low = device::unpack_pair<Element>(x.x), high = device::unpack_pair<Element>(x.y);
+    sum = {fmaf(low.x, scale, sum.x), fmaf(low.y, scale, sum.y), fmaf(high.x, scale, sum.z),
+           fmaf(high.y, scale, sum.w)};
+  }
   // To dk or dv of a key, from `column` on.
   __device__ __forceinline__ void write(Element* row, int column, bool accumulates) const {
     auto* pairs = reinterpret_cast<uint2*>(row + column);
@@ -153,6 +190,14 @@ struct DkvOfWgmma {
     for (int i = 0; i < 4; ++i) {
       const float2 pair = device::unpack_pair<Element>(words[i]);
       sum[i] = {sum[i].x + pair.x, sum[i].y + pair.y};
+    }
+  }
+  __device__ __forceinline__ void add_row(const Element* row, int column, float scale) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = device::unpack_pair<Element>(
+          *reinterpret_cast<const uint32_t*>(row + dq_column<true>(column / 8, i)));
+      sum[i] = {fmaf(x.x, scale, sum[i].x), fmaf(x.y, scale, sum[i].y)};
     }
   }
   __device__ __forceinline__ void write(Element* row, int column, bool accumulates) const {
@@ -195,22 +240,42 @@ struct PartItems {
   }
 };
 
-struct DkvArgs {
+struct SumArgs {
   BwdArgs bwd;
   ItemArgs items;
+  int heads;       // KV heads of the launch
+  int num_slices;  // of a part: CTAs that share it
+  int dkv_ctas;    // num_parts * num_slices * heads
+  int row_ctas;    // of a segment
 };
 
-// dk, dv of a part = sum of its items in the launch, in order, on top of the launches before. Grid
-// (parts times their slices, KV heads of the launch). Every part that holds keys is written, wanted or not.
+// Adds the gradients of the means that key `key` of a sequence is part of.
 template <class Sum>
-__global__ void __launch_bounds__(kReduceThreads, 4)
-    selected_attn_dkv_kernel(const __grid_constant__ DkvArgs args) {
+__device__ __forceinline__ void add_means(Sum& sum, const MeanGradients& means, const Rows& rows,
+                                          int seq, int64_t key, int kv_head, int column) {
+  const int64_t first_row = max(__ldg(means.cu_cmp + seq), 0);
+  const int64_t last_row = min(int64_t{__ldg(means.cu_cmp + seq + 1)}, means.total_cmp) - 1;
+  const int64_t stride = key / means.kernel_stride;
+  const int64_t first = max(stride - means.kernel_size / means.kernel_stride + 1, int64_t{0});
+  const int64_t last = min(first_row + stride, last_row);
+  const float scale = 1.f / static_cast<float>(means.kernel_size);
+#pragma unroll 1
+  for (int64_t row = first_row + first; row <= last; ++row) {
+    sum.add_row(row_pointer16<const typename Sum::Element>(rows, row, kv_head), column, scale);
+  }
+}
+
+// dk, dv of a part = sum of its items in the launch, in order, on top of the launches before. A CTA takes a
+// slice of a part of a KV head. Every part that holds keys is written, wanted or not.
+template <class Sum>
+__device__ __forceinline__ void sum_dkv(const SumArgs& args, int cta) {
   const BwdArgs& a = args.bwd;
   const ItemArgs& b = args.items;
-  const int num_slices = static_cast<int>(gridDim.x) / a.num_parts;
-  const int part = blockIdx.x / num_slices, slot = part / b.splits;
-  const int num_ranges = a.list.num_segments / static_cast<int>(gridDim.y);
-  const int first_segment = static_cast<int>(blockIdx.y) * num_ranges;
+  const int head_ctas = a.num_parts * args.num_slices, head = cta / head_ctas;
+  const int in_head = cta - head * head_ctas, part = in_head / args.num_slices;
+  const int slot = part / b.splits;
+  const int num_ranges = a.list.num_segments / args.heads;
+  const int first_segment = head * num_ranges;
   const int kv_head = (a.space.first_segment + first_segment) / a.space.num_ranges;
   const Packing& packing = b.packing;
   const int seq =
@@ -232,7 +297,7 @@ __global__ void __launch_bounds__(kReduceThreads, 4)
   const int dims = (a.chunks_qk + a.chunks_v) * 8, vectors = num_keys * dims / Sum::kColumns;
   const int64_t item_vectors = int64_t{a.keys} * dims / Sum::kColumns;
   float* total = a.dkv_sum + (k0 + key0) * dims;
-  const int i0 = (blockIdx.x - part * num_slices) * kDkvSlice<Sum> + threadIdx.x;
+  const int i0 = (in_head - part * args.num_slices) * kDkvSlice<Sum> + threadIdx.x;
   Sum sum[Sum::kVectors] = {};
   bool exists[Sum::kVectors];
 #pragma unroll
@@ -275,10 +340,32 @@ __global__ void __launch_bounds__(kReduceThreads, 4)
       const bool is_k = column < a.chunks_qk * 8;
       using Element = typename Sum::Element;
       Element* row = row_pointer16<Element>(is_k ? a.attn.dk : a.attn.dv, k0 + key0 + key, kv_head);
-      sum[u].write(row, is_k ? column : column - a.chunks_qk * 8, a.attn.accumulate_dkv);
+      const int row_column = is_k ? column : column - a.chunks_qk * 8;
+      if (a.means.dk.data != nullptr) {
+        const Rows& means = is_k ? a.means.dk : a.means.dv;
+        add_means(sum[u], a.means, means, seq, key0 + key, kv_head, row_column);
+      }
+      sum[u].write(row, row_column, a.attn.accumulate_dkv);
     } else {
       sum[u].store(total + int64_t{i} * Sum::kColumns);
     }
+  }
+}
+
+// Both sums of a launch. dQ waits for memory, dK and dV of a part with few items for one load after the
+// other: their CTAs alternate, so that the SMs have both.
+template <class Element, int kLanes, bool kInterleaved>
+__global__ void __launch_bounds__(kReduceThreads, kInterleaved ? 4 : 3)
+    selected_attn_sums_kernel(const __grid_constant__ SumArgs args) {
+  using Sum = std::conditional_t<kInterleaved, DkvOfWgmma<Element>, DkvOfFp32<Element>>;
+  const uint64_t dkv_ctas = static_cast<uint64_t>(args.dkv_ctas);
+  const int before = static_cast<int>(blockIdx.x * dkv_ctas / gridDim.x);
+  const int behind = static_cast<int>((blockIdx.x + 1) * dkv_ctas / gridDim.x);
+  if (behind > before) {
+    sum_dkv<Sum>(args, before);
+  } else {
+    const int cta = static_cast<int>(blockIdx.x) - before, segment = cta / args.row_ctas;
+    sum_dq<Element, kLanes, kInterleaved>(args.bwd, cta - segment * args.row_ctas, segment);
   }
 }
 
