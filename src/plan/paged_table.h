@@ -77,6 +77,10 @@ inline constexpr int64_t kDecodeMaxParts = 512;  // partial results that are com
 // scored by a kernel of its own.
 inline constexpr int64_t kDecodeMaxBlocks = 32768;
 inline constexpr int64_t kDecodePooledBlocks = 1024;
+// Up to kDecodeRankCtas * kDecodeRankBlocks blocks are ranked by a cluster of CTAs where there are
+// clusters (sm_90).
+inline constexpr int kDecodeRankCtas = 8;
+inline constexpr int kDecodeRankBlocks = 256;  // of a CTA
 
 // Shared memory of a CTA: 16 queries, those of the next work item, and for each of four warps a
 // ring of chunks of 16 keys.

@@ -104,6 +104,30 @@ TEST(long_sequences) {
   check("bounds for 200000 tokens", s);
 }
 
+// One CTA, clusters of CTAs and, for long bounds, several kernels find the same blocks.
+TEST(bounds_do_not_change_bits) {
+  Case s;
+  s.size = 8, s.stride = 4, s.block = 16, s.page = 16;
+  s.heads_kv = 1;
+  s.group = 6;
+  s.len = {20000, 4000, 300, 9};
+  s.new_q = {1, 2, 1, 1};
+  s.max_k = 40000;
+  Call call(s);
+  call.run_attn();
+  const Errors e = check_attn(call);
+  EXPECT_EQ(e.output, 0);
+  EXPECT_EQ(e.selection, 0);
+  const auto o = call.dev_o.download();
+  const auto chosen = call.dev_topk.download();
+  for (int max_k : {20001, 30000}) {
+    call.max_k = max_k;
+    call.run_attn();
+    EXPECT_TRUE(o == call.dev_o.download());
+    EXPECT_TRUE(chosen == call.dev_topk.download());
+  }
+}
+
 // More work items than CTAs that stay: each takes several in turn.
 TEST(more_items_than_ctas) {
   Case s;

@@ -88,31 +88,42 @@ __device__ __forceinline__ void add_parts(const float* o, int64_t row_stride, in
                                           const float* weight, int rows, int parts, int dim_v,
                                           const Write& write) {
   constexpr int kQuads = Traits::kDimV / 4;
-  constexpr int kItems = static_cast<int>(kDecodeRows) * kQuads / Traits::kThreads;
+  constexpr int kItems = 2, kParts = 8;  // rows and parts in flight
   constexpr int kRowsApart = Traits::kThreads / kQuads;
-  const int first_row = threadIdx.x / kQuads, col = threadIdx.x % kQuads * 4;
+  const int col = threadIdx.x % kQuads * 4;
   if (col >= dim_v) return;
-  float4 sum[kItems] = {};
-#pragma unroll 2
-  for (int i = 0; i < parts; ++i) {
-    float4 x[kItems] = {};
-    float w[kItems] = {};
+#pragma unroll 1
+  for (int first_row = threadIdx.x / kQuads; first_row < rows; first_row += kItems * kRowsApart) {
+    float4 sum[kItems] = {};
+#pragma unroll 1
+    for (int first = 0; first < parts; first += kParts) {
+      float4 x[kItems][kParts];
+      float w[kItems][kParts];
+      const float* from = o + first_row * row_stride + first * part_stride + col;
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) {
-      const int row = first_row + k * kRowsApart;
-      if (row < rows) w[k] = weight[row * parts + i];
-      if (w[k] != 0.f) {
-        x[k] =
-            __ldcg(reinterpret_cast<const float4*>(o + row * row_stride + i * part_stride + col));
+      for (int k = 0; k < kItems; ++k) {
+        const int row = first_row + k * kRowsApart;
+        const float* at = from;
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) {
+          w[k][i] = row < rows && first + i < parts ? weight[row * parts + first + i] : 0.f;
+          x[k][i] = float4{};
+          if (w[k][i] != 0.f) x[k][i] = __ldcg(reinterpret_cast<const float4*>(at));
+          at += part_stride;
+        }
+        from += kRowsApart * row_stride;
+      }
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) {
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) add_scaled(sum[k], w[k][i], x[k][i]);
       }
     }
 #pragma unroll
-    for (int k = 0; k < kItems; ++k) add_scaled(sum[k], w[k], x[k]);
-  }
-#pragma unroll
-  for (int k = 0; k < kItems; ++k) {
-    const int row = first_row + k * kRowsApart;
-    if (row < rows) write(row, col, sum[k]);
+    for (int k = 0; k < kItems; ++k) {
+      const int row = first_row + k * kRowsApart;
+      if (row < rows) write(row, col, sum[k]);
+    }
   }
 }
 
@@ -198,22 +209,30 @@ __device__ __forceinline__ void write_heads(const DecodeArgs& p, const DecodeTil
   __syncthreads();  // the weights may be written again
 }
 
+__device__ __forceinline__ int atomic_add_acq_rel(int32_t* at, int x) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(at), "r"(x)
+               : "memory");
+  return before;
+}
+
 // A CTA has written its part of queries [first, end): whoever comes last adds the branches.
 template <class Traits>
 __device__ __forceinline__ void finish_queries(const DecodeArgs& p, const BranchGrid& grid,
                                                const DecodeTile& tile, int token, int first,
                                                int end, BranchShared& shared, float* weights) {
-  __threadfence();
   __syncthreads();
   const int query = first + static_cast<int>(threadIdx.x);
   if (query < end) {
-    const int before = atomicAdd(p.counters + tile.unit * p.max_q + query, 1);
+    // Released for the whole CTA, which the barrier has ordered before.
+    const int before = atomic_add_acq_rel(p.counters + tile.unit * p.max_q + query, 1);
     shared.is_last[threadIdx.x] = before == num_arrivals(p, grid, query) - 1;
   }
   __syncthreads();
   for (int i = first; i < end; ++i) {
     if (!shared.is_last[i - first]) continue;
-    __threadfence();
     for (int head = 0; head < p.group; head += static_cast<int>(kDecodeRows)) {
       write_heads<Traits>(p, tile, i, token + i, head,
                           min(p.group - head, static_cast<int>(kDecodeRows)), weights);
@@ -262,7 +281,7 @@ __device__ __forceinline__ void list_selected(const DecodeArgs& p, const DecodeS
 }  // namespace device
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas == 2 ? 3 : 1)
     decode_branches_kernel(const __grid_constant__ DecodeArgs p) {
   using namespace device;
   using Element = typename Traits::Element;

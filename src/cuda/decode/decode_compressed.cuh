@@ -95,15 +95,13 @@ struct CompressedShared {
   WarpResults results;
 };
 
-// What one warp prepares: the item, where its keys lie, its queries.
-template <class Traits, int kThreads>
+// What one warp prepares: the item and where its keys lie; then its queries.
+template <int kThreads>
 __device__ __forceinline__ void prepare_item(const DecodeArgs& p,
                                              CompressedShared<kThreads>& shared, int item,
-                                             int buffer, uint32_t q_tile) {
+                                             int buffer) {
   const int lane = threadIdx.x % kWarpSize;
   const CompressedItem work = find_item(p, shared.index, item);
-  load_queries<Traits, kWarpSize>(p, work.tile, work.seq.token, q_tile, lane);
-  cp_async_commit();
   const int first_key = work.split * p.cmp_split;
   const int keys = min(work.seq.num_cmp - first_key, p.cmp_split);
   if (lane * kDecodeChunk < keys) {
@@ -114,6 +112,16 @@ __device__ __forceinline__ void prepare_item(const DecodeArgs& p,
     shared.work[buffer] = work;
     shared.num_chunks[buffer] = ceil_div(keys, kDecodeChunk);
   }
+  __syncwarp();
+}
+
+template <class Traits, int kThreads>
+__device__ __forceinline__ void prepare_queries(const DecodeArgs& p,
+                                                const CompressedShared<kThreads>& shared,
+                                                int buffer, uint32_t q_tile) {
+  const CompressedItem& work = shared.work[buffer];
+  load_queries<Traits, kWarpSize>(p, work.tile, work.seq.token, q_tile, threadIdx.x % kWarpSize);
+  cp_async_commit();
   cp_async_wait<0>();
 }
 
@@ -204,16 +212,22 @@ __global__ void __launch_bounds__(kCompressedThreads<Traits>, Traits::kMinCtas)
   const uint32_t q_tile = smem_address(smem);
   const uint64_t policy = l2_evict_first();
   ChunkRing<Traits> ring{q_tile + 2 * Traits::kQBytes + warp * Traits::kWarpBytes};
-  if (prepares) prepare_item<Traits>(p, shared, first, 0, q_tile);
+  if (prepares) prepare_item(p, shared, first, 0);
   __syncthreads();
-  if (!prepares) start_item(p, shared, 0, ring, policy);
+  // The first copies start while the queries are still on their way.
+  if (prepares) {
+    prepare_queries<Traits>(p, shared, 0, q_tile);
+  } else {
+    start_item(p, shared, 0, ring, policy);
+  }
+  __syncthreads();
   for (int item = first, buffer = 0; item < total; item += step, buffer ^= 1) {
     const bool has_more = item + step < total;
     if (!prepares) {
       attend_item(p, shared, buffer, q_tile + buffer * Traits::kQBytes, ring, policy);
     } else if (has_more) {
-      prepare_item<Traits>(p, shared, item + step, buffer ^ 1,
-                           q_tile + (buffer ^ 1) * Traits::kQBytes);
+      prepare_item(p, shared, item + step, buffer ^ 1);
+      prepare_queries<Traits>(p, shared, buffer ^ 1, q_tile + (buffer ^ 1) * Traits::kQBytes);
     }
     __syncthreads();  // the results and the next item are there
     if (!prepares) {

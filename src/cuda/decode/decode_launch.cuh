@@ -6,26 +6,33 @@
 #include "cuda/decode/decode.h"
 #include "cuda/decode/decode_branches.cuh"
 #include "cuda/decode/decode_compressed.cuh"
+#include "cuda/decode/decode_rank.cuh"
 #include "cuda/decode/decode_select.cuh"
 
 namespace fsattn {
 
-// A kernel may start before the one in front of it ends where `overlaps` says so (sm_90). It then
-// waits itself for what it reads.
+// How a kernel is launched, beside its grid.
+struct DecodeLaunch {
+  bool overlaps;  // it may start before the one in front ends (sm_90), and waits for what it reads
+  int cluster = 1;  // CTAs of a cluster
+};
+
 template <class... Params>
 void launch_decode_kernel(void (*kernel)(Params...), int64_t ctas, int threads, int smem,
-                          bool overlaps, Stream stream, const Params&... params) {
+                          const DecodeLaunch& launch, Stream stream, const Params&... params) {
   allow_shared_memory(kernel, smem);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(ctas));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(smem);
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = overlaps ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = !launch.overlaps ? 0 : launch.cluster == 1 ? 1 : 2;
   FSATTN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params...));
 }
 
@@ -135,22 +142,52 @@ void launch_decode_branches(const DecodeArgs& args, bool overlaps, Stream stream
   const device::BranchGrid grid = device::branch_grid(args);
   const int64_t units = int64_t{args.batch} * args.heads_kv;
   launch_decode_kernel(decode_branches_kernel<Traits>, units * (grid.early + grid.late),
-                       Traits::kThreads, Traits::kSmemBytes, overlaps, stream, args);
+                       Traits::kThreads, Traits::kSmemBytes, {overlaps}, stream, args);
 }
 
-inline void launch_decode_select(const DecodeArgs& args, bool overlaps, Stream stream) {
+// CTAs that rank the blocks of a query together; 0: decode_select does it. Clusters are faster until
+// they fill the SMs, which the window branch shares.
+inline int rank_ctas(const DecodeArgs& args, int64_t queries, const DecodeDevice& gpu) {
+  const int least = ceil_div(args.max_blocks, kDecodeRankBlocks);
+  if (!gpu.has_overlap || least > kDecodeRankCtas || least * queries > 2 * gpu.num_sms) return 0;
+  int ctas = 1;
+  while (ctas < kDecodeRankCtas && 4 * least > ctas &&
+         (ctas < least || 2 * ctas * queries <= 4 * gpu.num_sms)) {
+    ctas *= 2;
+  }
+  return ctas;
+}
+
+inline void launch_decode_rank(const DecodeArgs& args, int64_t queries, int ctas, Stream stream) {
+  // A quad of windows a thread, in two turns where many queries share the SMs.
+  const int share = ceil_div(args.max_blocks, ctas);
+  const int quads = ceil_div(share * (args.block_size / args.cmp_band.stride), 4) + 1;
+  const int most = queries > 32 ? 160 : kDecodeRankThreads;
+  const int threads = std::clamp(round_up(quads, device::kWarpSize), 64, most);
+  const int smem = device::rank_smem(args.topk, ctas);
+  const auto kernel = args.group <= 4 ? decode_rank_kernel<kDecodeRankThreads, 4>
+                                      : decode_rank_kernel<kDecodeRankThreads, 8>;
+  launch_decode_kernel(kernel, queries * ctas, threads, smem, {true, ctas}, stream, args);
+}
+
+inline void launch_decode_select(const DecodeArgs& args, const DecodeDevice& gpu, Stream stream) {
   const int64_t queries = int64_t{args.batch} * args.heads_kv * args.max_q;
+  const DecodeLaunch launch{gpu.has_overlap};
+  if (const int ctas = rank_ctas(args, queries, gpu); ctas > 0) {
+    launch_decode_rank(args, queries, ctas, stream);
+    return;
+  }
   const int smem = static_cast<int>(decode_select_smem(args.max_blocks));
   constexpr int kThreads = kDecodeSelectThreads;
   if (args.block_scores_pitch == 0) {
-    launch_decode_kernel(decode_select_kernel<kThreads, false>, queries, kThreads, smem, overlaps,
+    launch_decode_kernel(decode_select_kernel<kThreads, false>, queries, kThreads, smem, launch,
                          stream, args);
     return;
   }
   const int64_t steps = ceil_div(args.max_blocks, device::blocks_a_step(args, kDecodePoolKeys));
-  launch_decode_kernel(decode_pool_kernel<kThreads>, queries * steps, kThreads, 0, overlaps, stream,
+  launch_decode_kernel(decode_pool_kernel<kThreads>, queries * steps, kThreads, 0, launch, stream,
                        args);
-  launch_decode_kernel(decode_select_kernel<kThreads, true>, queries, kThreads, smem, overlaps,
+  launch_decode_kernel(decode_select_kernel<kThreads, true>, queries, kThreads, smem, launch,
                        stream, args);
 }
 
@@ -166,8 +203,8 @@ void launch_paged_attn(const PagedAttnParams& params, Stream stream) {
   launch_decode_kernel(
       decode_compressed_kernel<Traits>,
       std::max(std::min(items, int64_t{device.num_sms} * Traits::kMinCtas), int64_t{1}),
-      kCompressedThreads<Traits>, Traits::kSmemBytes, device.has_overlap, stream, args);
-  launch_decode_select(args, device.has_overlap, stream);
+      kCompressedThreads<Traits>, Traits::kSmemBytes, {device.has_overlap}, stream, args);
+  launch_decode_select(args, device, stream);
   launch_decode_branches<kConfig>(args, device.has_overlap, stream);
 }
 

@@ -43,33 +43,41 @@ __device__ __forceinline__ Competition find_competition(const DecodeArgs& p, int
   return c;
 }
 
-// The lse of each head over all splits, by one warp a head.
+// The lse of each head over all splits, by kLanes lanes a head.
+template <int kLanes>
 __device__ __forceinline__ void combine_lse(const DecodeArgs& p, int64_t unit, int row, int splits,
                                             float* lse_log2) {
   constexpr int kHeld = 4;  // of the lse of a lane; more are read twice
-  const int lane = threadIdx.x % kWarpSize;
-  for (int g = threadIdx.x / kWarpSize; g < p.group; g += kDecodeSelectThreads / kWarpSize) {
+  constexpr int kHeads = kWarpSize / kLanes;
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kWarpSize;
+  const int first = threadIdx.x % kWarpSize / kLanes, warps = blockDim.x / kWarpSize;
+  for (int head = warp * kHeads; head < p.group; head += warps * kHeads) {
+    const int g = head + first;
     const float* from = p.cmp_lse + unit * p.cmp_splits * unit_rows(p) + row + g;
     const auto load = [&](int s) {
-      return s < splits ? __ldcg(from + static_cast<int64_t>(s) * unit_rows(p)) : -INFINITY;
+      return s < splits && g < p.group ? __ldcg(from + s * unit_rows(p)) : -INFINITY;
     };
     float held[kHeld], top = -INFINITY, sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) held[i] = load(lane + i * kWarpSize);
+    for (int i = 0; i < kHeld; ++i) held[i] = load(lane + i * kLanes);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) top = fmaxf(top, held[i]);
-    for (int s = lane + kHeld * kWarpSize; s < splits; s += kWarpSize) top = fmaxf(top, load(s));
+    for (int s = lane + kHeld * kLanes; s < splits; s += kLanes) top = fmaxf(top, load(s));
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) top = fmaxf(top, __shfl_xor_sync(kFullMask, top, d));
+    for (int d = kLanes / 2; d > 0; d /= 2) {
+      top = fmaxf(top, __shfl_xor_sync(kFullMask, top, d));
+    }
     const float shift = top == -INFINITY ? 0.f : top;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) sum += exp2_approx((held[i] - shift) * kLog2E);
-    for (int s = lane + kHeld * kWarpSize; s < splits; s += kWarpSize) {
+    for (int s = lane + kHeld * kLanes; s < splits; s += kLanes) {
       sum += exp2_approx((load(s) - shift) * kLog2E);
     }
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kFullMask, sum, d);
-    if (lane == 0) lse_log2[g] = top == -INFINITY ? -INFINITY : fmaf(top, kLog2E, log2_approx(sum));
+    for (int d = kLanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(kFullMask, sum, d);
+    if (lane == 0 && g < p.group) {
+      lse_log2[g] = top == -INFINITY ? -INFINITY : fmaf(top, kLog2E, log2_approx(sum));
+    }
   }
 }
 
@@ -294,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   wait_for_previous_kernel();
   allow_next_kernel();
   if (!q.is_query || q.c.count <= q.c.room || base >= q.c.count) return;
-  combine_lse(p, q.unit, q.query * p.group, ceil_div(q.s.num_cmp, p.cmp_split), lse_log2);
+  combine_lse<8>(p, q.unit, q.query * p.group, ceil_div(q.s.num_cmp, p.cmp_split), lse_log2);
   __syncthreads();
   score_step(p, q, base, step, lse_log2, prob, p.block_scores + index * p.block_scores_pitch);
 }
@@ -329,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = threadIdx.x; i < c.count; i += kThreads) score[i] = __ldcg(from + i);
     __syncthreads();
   } else {
-    combine_lse(p, q.unit, q.query * p.group, ceil_div(q.s.num_cmp, p.cmp_split), lse_log2);
+    combine_lse<8>(p, q.unit, q.query * p.group, ceil_div(q.s.num_cmp, p.cmp_split), lse_log2);
     __syncthreads();
     const int step = blocks_a_step(p, kDecodeSelectKeys);
     for (int base = 0; base < c.count; base += step) {
