@@ -217,7 +217,8 @@ Checked<NsaFwdProblem, NsaFwdParams> validate(const NativeSparseAttentionFwd& ca
       branch_problems(Pass::kFwd, args, in, selected, call.workspace_cap);
   const Problem select = call.select ? selection_problem(args, params.select) : Problem{};
   return {
-      {call.select, branches.compressed, select, branches.selected, branches.window, branches.gate},
+      {call.select, branches.compressed, select, branches.selected, branches.window, branches.gate,
+       params.select.score_dtype != ScoreDType::kFloat32},
       params
   };
 }

@@ -7,6 +7,7 @@
 #include "cuda/decode/paged_copy.h"
 #include "cuda/dense_attn/dense_attn.h"
 #include "cuda/gate/gate.h"
+#include "cuda/select_blocks/compressed_select.h"
 #include "cuda/select_blocks/select_blocks.h"
 #include "cuda/selected_attn/selected_attn.h"
 #include "cuda/side_stream.h"
@@ -29,6 +30,7 @@ const Backend& cuda_backend() {
       .gate_fwd = launch_gate_fwd,
       .gate_bwd = launch_gate_bwd,
       .gate_bwd_stats = launch_gate_bwd_stats,
+      .compressed_select = launch_compressed_select,
       .fork_stream = fork_stream,
       .join_stream = join_stream,
       .paged_write = launch_paged_write,

@@ -24,6 +24,9 @@ struct Backend {
   void (*gate_fwd)(int row, const GateFwdParams&, Stream);
   void (*gate_bwd)(int row, const GateBwdParams&, Stream);
   void (*gate_bwd_stats)(int row, const GateStatsParams&, Stream) = nullptr;  // null on the CPU
+  // Compressed attention and select_blocks at once; null on the CPU. plan/compressed_select_table.h
+  void (*compressed_select)(int row, const CompressedAttnFwdParams&, const SelectBlocksParams&,
+                            Stream) = nullptr;
   // Work on a second stream until it is joined; null on the CPU. cuda/side_stream.h
   Stream (*fork_stream)(Stream) = nullptr;
   void (*join_stream)(Stream side, Stream) = nullptr;

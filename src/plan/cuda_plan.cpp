@@ -5,6 +5,7 @@
 #include "base/check.h"
 #include "plan/block_index_table.h"
 #include "plan/compress_kv_table.h"
+#include "plan/compressed_select_table.h"
 #include "plan/dense_attn_table.h"
 #include "plan/gate_table.h"
 #include "plan/select_blocks_table.h"
@@ -169,7 +170,8 @@ std::string compiled_cuda_kernels() {
   std::ostringstream out;
   out << "compress_kv " << kCompressKvTable.size() << ", compressed_attention and window_attention "
       << kDenseAttnFwdTable.size() << " fwd " << kDenseAttnBwdTable.size() << " bwd, select_blocks "
-      << kSelectBlocksTable.size() << ", build_block_index " << kBlockIndexTable.size()
+      << kSelectBlocksTable.size() << " (and " << kCompressedSelectTable.size()
+      << " with compressed_attention), build_block_index " << kBlockIndexTable.size()
       << ", selected_attention " << kSelectedAttnFwdTable.size() << " fwd "
       << kSelectedAttnBwdTable.size() << " bwd, gate " << kGateTable.size();
   return out.str();

@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <sstream>
 
+#include "plan/compressed_select_table.h"
 #include "plan/dense_attn_table.h"
 
 namespace fsattn {
@@ -77,6 +78,14 @@ NsaFwdPlan make_plan(const NsaFwdProblem& problem, const DeviceInfo& device) {
   plan.has_select = problem.has_select;
   plan.compressed = make_plan(problem.compressed, device);
   if (problem.has_select) plan.select = make_plan(problem.select, device);
+  if (problem.has_select && device.type == DeviceType::kCuda) {
+    plan.compressed_select_row = find_compressed_select_row(device.arch, problem.compressed,
+                                                            problem.select, problem.rounds_scores);
+  }
+  if (plan.compressed_select_row >= 0) {
+    plan.compressed.reason += ", with select_blocks in one kernel";
+    plan.select.reason += ", in the kernel of compressed_attention";
+  }
   plan.selected = make_plan(problem.selected, device);
   plan.window = make_plan(problem.window, device);
   plan.gate = make_plan(problem.gate, device);

@@ -12,6 +12,8 @@ namespace fsattn {
 struct NsaFwdPlan {
   bool has_select = true;
   Plan compressed, select, selected, window, gate;
+  // Of kCompressedSelectTable: one kernel does compressed attention and the selection. -1: one each.
+  int compressed_select_row = -1;
   bool merges_gate =
       false;  // the merge of selected attention, then the last step, applies the gate
   Region scratch;

@@ -7,6 +7,7 @@ namespace fsattn {
 struct NsaFwdProblem {
   bool has_select;  // false: the caller brings topk_idx
   Problem compressed, select, selected, window, gate;
+  bool rounds_scores = true;  // or fp32 ones are ranked
 };
 
 struct NsaBwdProblem {

@@ -13,6 +13,11 @@ void run_nsa_fwd(const NsaFwdPlan& plan, const NsaFwdParams& params, void* works
 
 void run_nsa_fwd_compressed(const NsaFwdPlan& plan, const NsaFwdParams& params, void* workspace,
                             Stream stream) {
+  if (plan.compressed_select_row >= 0) {  // q, k_cmp, v_cmp -> o_cmp, lse, topk_idx
+    run_compressed_select(plan.compressed, plan.compressed_select_row, params.compressed,
+                          params.select, stream);
+    return;
+  }
   const Scratch scratch = scratch_in(workspace, plan.scratch);
   run_step(plan.compressed, params.compressed, scratch, stream);  // q, k_cmp, v_cmp -> o_cmp, lse
   if (plan.has_select) {

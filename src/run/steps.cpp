@@ -29,6 +29,11 @@ void run_step(const Plan& plan, SelectBlocksParams params, Scratch scratch, Stre
   backend_of(plan).select_blocks(plan.row, params, stream);
 }
 
+void run_compressed_select(const Plan& compressed, int row, const CompressedAttnFwdParams& attn,
+                           const SelectBlocksParams& select, Stream stream) {
+  backend_of(compressed).compressed_select(row, attn, select, stream);
+}
+
 void run_step(const Plan& plan, BlockIndexParams params, Scratch scratch, Stream stream) {
   params.scratch = scratch;
   backend_of(plan).block_index(plan.row, params, stream);

@@ -11,6 +11,9 @@ void run_step(const Plan& plan, CompressKvBwdParams params, Scratch scratch, Str
 void run_step(const Plan& plan, CompressedAttnFwdParams params, Scratch scratch, Stream stream);
 void run_step(const Plan& plan, CompressedAttnBwdParams params, Scratch scratch, Stream stream);
 void run_step(const Plan& plan, SelectBlocksParams params, Scratch scratch, Stream stream);
+// Both of the two in one kernel: `row` of its table.
+void run_compressed_select(const Plan& compressed, int row, const CompressedAttnFwdParams& attn,
+                           const SelectBlocksParams& select, Stream stream);
 void run_step(const Plan& plan, BlockIndexParams params, Scratch scratch, Stream stream);
 void run_step(const Plan& plan, SelectedAttnFwdParams params, Scratch scratch, Stream stream);
 void run_step(const Plan& plan, SelectedAttnBwdParams params, Scratch scratch, Stream stream);

@@ -241,6 +241,33 @@ TEST(nsa_forward_merges_gate) {
   EXPECT_TRUE(!make_plan(large_group, kH200).merges_gate);  // query-major
 }
 
+// Of groups of one, whose blocks can be ranked before lse is known.
+TEST(nsa_forward_selects_in_the_compressed_pass) {
+  NsaFwdProblem one_head = nsa_fwd(DeviceType::kCuda, true);
+  one_head.rounds_scores = false;
+  EXPECT_EQ(make_plan(one_head, kH200).compressed_select_row, -1);  // groups of four
+  for (Problem* step : {&one_head.compressed, &one_head.select, &one_head.selected,
+                        &one_head.window, &one_head.gate}) {
+    step->num_heads_kv = step->num_heads_q;
+  }
+  const NsaFwdPlan plan = make_plan(one_head, kH200);
+  EXPECT_EQ(plan.compressed_select_row, 0);
+  EXPECT_TRUE(to_string(plan).find("with select_blocks in one kernel") != std::string::npos);
+  EXPECT_EQ(make_plan(one_head, kA100).compressed_select_row, -1);
+  const auto row_of = [&](const auto& change) {
+    NsaFwdProblem other = one_head;
+    change(other);
+    return make_plan(other, kH200).compressed_select_row;
+  };
+  EXPECT_EQ(row_of([](auto& p) { p.compressed.dtype = p.select.dtype = DType::kFloat16; }), 1);
+  EXPECT_EQ(row_of([](auto& p) { p.rounds_scores = true; }), -1);
+  EXPECT_EQ(row_of([](auto& p) { p.has_select = false; }), -1);
+  EXPECT_EQ(row_of([](auto& p) { p.select.topk = 17; }), -1);
+  EXPECT_EQ(row_of([](auto& p) { p.select.block_size = 128; }), -1);
+  EXPECT_EQ(row_of([](auto& p) { p.compressed.head_dim = p.select.head_dim = 64; }), -1);
+  EXPECT_EQ(row_of([](auto& p) { p.compressed.head_dim_v = 192; }), -1);
+}
+
 TEST(nsa_backward_regions_are_disjoint_and_aligned) {
   for (const DeviceType device : {DeviceType::kCpu, DeviceType::kCuda}) {
     const NsaBwdPlan plan =
