@@ -189,6 +189,28 @@ __device__ __forceinline__ void load_queries(const SelectSm90<Traits>& cta, cons
                        (work.first_head + head) * rows.head_stride + column;
   const int cols = static_cast<int>(cta.p.shape.head_dim) - column;
   const uint32_t dst = cta.queries(group, stage) + tile_offset<64>(thread / 8, thread % 8);
+  const bool is_whole = (group + 1) * Traits::kGroupQueries <= work.num_queries &&
+                        (!Traits::kPairs || head + 1 < cta.num_heads) &&
+                        cta.p.shape.head_dim == Traits::kDim;
+  if (is_whole) {
+    // All addresses first: a copy reads its own late, and would hold up what makes the next one.
+    const Element* from[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      from[i] = src + (Traits::kPairs ? i / 2 * 8 : i * 8) * rows.token_stride +
+                (Traits::kPairs && i % 2 == 1 ? rows.head_stride : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) asm volatile("" : "+l"(from[i]));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int panel = 0; panel < Traits::kPanels; ++panel)
+        cp_async_16(dst + panel * Traits::kQPanelBytes + i * 1024, from[i] + panel * 64, true);
+    }
+    cp_async_arrive(cta.q_full(group, stage));
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int query = Traits::kPairs ? i / 2 * 8 : i * 8;
