@@ -244,9 +244,10 @@ struct SelectedFwdLayout {
   SelectedIndexRegions index;
   SelectedTiles tiles;
   size_t counters, item_counts, items, partial_stats, partial;
-  size_t marks, marks_bytes;  // of the partial rows of all launches
+  size_t marks;              // of the partial rows of all launches
+  size_t zeros, zero_bytes;  // counters and marks
   size_t tail;  // what is left of topk_idx; shares its memory with `partial`, which comes later
-  size_t tile_lists, tile_items, tile_stats, tile_marks, tile_marks_bytes;
+  size_t tile_lists, tile_items, tile_stats, tile_marks;
   size_t bytes;
 };
 
@@ -267,11 +268,13 @@ constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape,
   indexed.has_block_index = shape.has_block_index && !has_tiles;
   WorkspaceCursor at;
   l.index = take_index_regions(indexed, at);
-  l.counters = at.take((s.num_launches + 1) * 4);
+  // What has to be zero in the beginning is one piece of memory.
+  l.zeros = l.counters = at.take((s.num_launches + 1) * 4);
+  l.marks = at.take(has_tiles ? s.slots_per_launch() * s.num_launches : 0);
+  l.tile_marks = at.take(has_tiles ? shape.num_heads_kv * shape.total_q : 0);
+  l.zero_bytes = at.bytes - l.zeros;
   l.item_counts = at.take(s.segments_per_build() * 4);
   l.items = at.take(s.segments_per_build() * s.item_capacity * kSelectedItemBytes);
-  l.marks_bytes = has_tiles ? static_cast<size_t>(s.slots_per_launch() * s.num_launches) : 0;
-  l.marks = at.take(static_cast<int64_t>(l.marks_bytes));
   l.partial_stats = at.take(rows * 8);
   const int64_t tail_bytes = has_tiles ? shape.num_heads_kv * shape.total_q * shape.topk * 4 : 0;
   l.tail = l.partial = at.take(std::max(rows * row_bytes, tail_bytes));
@@ -281,8 +284,6 @@ constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape,
     l.tile_lists = at.take(tiles * l.tiles.list_ints() * 4);
     l.tile_items = at.take(tiles * kSelectedItemBytes);
     l.tile_stats = at.take(shape.total_q * shape.num_heads_q * 8);
-    l.tile_marks_bytes = static_cast<size_t>(shape.num_heads_kv * shape.total_q);
-    l.tile_marks = at.take(static_cast<int64_t>(l.tile_marks_bytes));
   }
   l.bytes = at.bytes;
   return l;

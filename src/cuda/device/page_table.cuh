@@ -1,7 +1,7 @@
 // Where a token of a paged cache lies. Nothing that the device alone knows is trusted: a token without a page
 // has no row.
 #pragma once
-#include "params/common.h"
+#include "params/attention.h"
 
 namespace fsattn::device {
 
@@ -17,6 +17,17 @@ __device__ __forceinline__ PagePlace find_page(const PageTable& table, int seq, 
   if (slot < table.max_pages) page = __ldg(table.pages + seq * table.seq_stride + slot);
   if (page < 0 || page >= table.num_pages) page = -1;
   return {page, token - slot * page_size};
+}
+
+// A tensor copy from there has no row inside the tensor, which reads as zeros.
+inline constexpr int kNoKeyRow = -64;
+
+// The first row of keys `key` .. of a sequence, which do not cross a page.
+__device__ __forceinline__ int find_key_row(const PagedKeys& pages, int seq, int key, int head) {
+  const PagePlace place = find_page(pages.table, seq, key);
+  if (place.page < 0) return kNoKeyRow;
+  return static_cast<int>(place.page) * static_cast<int>(pages.page_rows) +
+         head * static_cast<int>(pages.head_rows) + place.row;
 }
 
 }  // namespace fsattn::device

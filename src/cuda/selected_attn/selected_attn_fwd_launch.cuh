@@ -32,7 +32,7 @@ inline FwdArgs make_fwd_args(const SelectedAttnFwdParams& params, const Selected
   a.pages = params.pages;
   a.partial = scratch + layout.partial;
   a.partial_stats = reinterpret_cast<float2*>(scratch + layout.partial_stats);
-  a.marks = layout.marks_bytes == 0 ? nullptr : reinterpret_cast<uint8_t*>(scratch + layout.marks);
+  a.marks = shape.has_tiles() ? reinterpret_cast<uint8_t*>(scratch + layout.marks) : nullptr;
   a.tile_stats = reinterpret_cast<float2*>(scratch + layout.tile_stats);
   a.tile_marks = reinterpret_cast<uint8_t*>(scratch + layout.tile_marks);
   return a;
@@ -249,11 +249,8 @@ void run_fwd_block_major(const SelectedAttnFwdParams& params, Stream stream) {
   FwdArgs a = make_fwd_args(params, shape, layout, scratch);
   a.entries = index.entry;
   int* counters = reinterpret_cast<int*>(scratch + layout.counters);
-  const size_t counter_bytes = static_cast<size_t>(split.num_launches + 1) * sizeof(int);
-  FSATTN_CUDA_CHECK(cudaMemsetAsync(counters, 0, counter_bytes, cuda_stream));
+  FSATTN_CUDA_CHECK(cudaMemsetAsync(scratch + layout.zeros, 0, layout.zero_bytes, cuda_stream));
   if (main_kernel.has_tiles()) {
-    FSATTN_CUDA_CHECK(cudaMemsetAsync(a.marks, 0, layout.marks_bytes, cuda_stream));
-    FSATTN_CUDA_CHECK(cudaMemsetAsync(a.tile_marks, 0, layout.tile_marks_bytes, cuda_stream));
     main_kernel.launch_tiles(a, counters + split.num_launches, cuda_stream);
   } else {
     a.marks = nullptr;

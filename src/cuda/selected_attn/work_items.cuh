@@ -17,7 +17,9 @@
 namespace fsattn::selected {
 
 using device::FastDiv;
+using device::find_key_row;
 using device::kFullMask;
+using device::kNoKeyRow;
 using device::kWarpSize;
 
 struct alignas(16) Item {
@@ -31,16 +33,6 @@ struct alignas(16) Item {
   int number;      // of the item in its segment
 };
 static_assert(sizeof(Item) == kSelectedItemBytes);
-
-// A tensor copy from there has no row inside the tensor, which reads as zeros.
-inline constexpr int kNoKeyRow = -64;
-
-// The first row of keys `key` .. of a sequence, which do not cross a page.
-__device__ __forceinline__ int find_key_row(const PagedKeys& pages, int seq, int key, int head) {
-  const device::PagePlace place = device::find_page(pages.table, seq, key);
-  if (place.page < 0) return kNoKeyRow;
-  return static_cast<int>(place.page * pages.page_rows + head * pages.head_rows) + place.row;
-}
 
 struct ItemArgs {
   Packing packing;
@@ -57,6 +49,9 @@ struct ItemArgs {
 
 // The first of `count` ascending entries that is at least `bound`.
 __device__ __forceinline__ int lower_bound(const int32_t* entries, int count, int64_t bound) {
+  // At the ends there is nothing to search: always, where a range is all of a call.
+  if (count == 0 || __ldg(entries) >= bound) return 0;
+  if (__ldg(entries + count - 1) < bound) return count;
   int low = 0, high = count;
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -107,7 +102,7 @@ inline constexpr int kItemThreads = 512;
 
 // Grid (segments of the build). A template so that several translation units may hold it.
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     selected_attn_items_kernel(const __grid_constant__ ItemArgs a) {
   __shared__ int warp_sums[kWarpSize];
   const int segment = a.first_segment + blockIdx.x;
