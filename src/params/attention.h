@@ -95,7 +95,7 @@ struct AttnFwdParams {
   // Block-major selected attention only: its merge writes o of the gate, whose other branches are ready.
   // o.data is null when there is no gate.
   GateFwdParams gate = {};
-  // Selected attention only, by rows that plan/paged_plan.h knows to read pages. Packing::cu_k still holds
+  // By rows that plan/paged_plan.h knows to read pages. Packing::cu_k and CompressedMask::cu_cmp still hold
   // the lengths.
   PagedKeys pages = {};
 };

@@ -54,6 +54,9 @@ inline constexpr std::array kDenseAttnBwdTable{
     DenseAttnConfig{Arch::kSm80,  DType::kFloat16,  256, 256, 99 },
 };
 
+// The forward rows of sm_90a read keys in pages whose size is a multiple of this.
+inline constexpr int kDensePageKeys = 64;
+
 // Returns the row of a table, or -1 when no kernel fits. The wgmma rows take head dims above 64:
 // smaller ones lose more to the padding than wgmma wins.
 template <class Table>

@@ -36,8 +36,9 @@ device::KeySet key_set(const WindowMask& mask, const Packing& packing) {
 
 template <class Params>
 void launch_fwd(int row, const Params& params, Stream stream) {
-  kFwdLaunchers.at(static_cast<size_t>(row))(params.attn, key_set(params.mask, params.attn.packing),
-                                             stream);
+  device::KeySet keys = key_set(params.mask, params.attn.packing);
+  keys.pages = params.pages;
+  kFwdLaunchers.at(static_cast<size_t>(row))(params.attn, keys, stream);
 }
 
 // `split_rows`: rows of k that may get partial results, 0 when the work is not split.

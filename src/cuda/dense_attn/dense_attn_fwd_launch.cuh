@@ -42,6 +42,10 @@ void launch_dense_attn_fwd(const AttnFwdTensors& tensors, const device::KeySet& 
       return make_map(rows, packing.total_q, shape.num_heads_q, dim, box_tokens);
     };
     const auto key_map = [&](const Rows& rows, int64_t dim) {
+      if (const PagedKeys& pages = keys.pages; pages.defined()) {
+        const int64_t heads = pages.head_rows > 0 ? 1 : shape.num_heads_kv;
+        return make_map(rows, pages.total_rows, heads, dim, kDensePageKeys);
+      }
       return make_map(rows, keys.total_keys, shape.num_heads_kv, dim, Traits::kTileKv);
     };
     const FwdSchedule schedule{static_cast<int>(tiles),
@@ -51,6 +55,7 @@ void launch_dense_attn_fwd(const AttnFwdTensors& tensors, const device::KeySet& 
         key_map(tensors.k, shape.head_dim), key_map(tensors.v, shape.head_dim_v),
         query_map(tensors.o, shape.head_dim_v, kWarpQueries), schedule);
   } else {
+    FSATTN_ASSERT(!keys.pages.defined());
     auto* kernel = dense_attn_fwd_kernel<Traits>;
     allow_shared_memory(kernel, Traits::kSmemBytes);
     kernel<<<static_cast<unsigned>(tiles), Traits::kThreads, Traits::kSmemBytes, cuda_stream>>>(

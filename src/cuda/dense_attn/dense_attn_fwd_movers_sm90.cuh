@@ -2,6 +2,7 @@
 // bring its queries and keys.
 #pragma once
 #include "cuda/dense_attn/query_tile.cuh"
+#include "cuda/device/page_table.cuh"
 #include "cuda/device/panels_sm90.cuh"
 #include "cuda/device/tma_sm90.cuh"
 
@@ -92,31 +93,39 @@ __device__ __forceinline__ void release_work(const DenseFwdSm90Smem<Traits>& sme
   if (threadIdx.x % device::kWarpSize == 0) device::mbarrier_arrive(smem.work_empty(tile));
 }
 
-// Starts the copy of a tile of K or V, which arrives on `bar`.
+// Starts the copy of a tile of K or V, which arrives on `bar`: from pages by the first two lanes, half of it
+// each, else by the first one.
 template <class Traits>
 __device__ __forceinline__ void copy_keys(const DenseFwdSm90Smem<Traits>& smem,
                                           const CUtensorMap* map, int operand, int stage, int head,
                                           int row, uint32_t bar) {
+  static_assert(Traits::kTileKv == 2 * kDensePageKeys);
+  const int lane = threadIdx.x % device::kWarpSize;
   const uint64_t policy = device::l2_evict_last();
-  device::mbarrier_arrive_expect(bar, Traits::kKvBytes);
+  if (lane == 0) device::mbarrier_arrive_expect(bar, Traits::kKvBytes);
 #pragma unroll
   for (int panel = 0; panel < 2; ++panel) {
-    device::tma_load_3d(smem.keys(operand, stage) + panel * Traits::kPanelBytes, map,
-                        panel * device::kTmaColumns, head, row, bar, policy);
+    device::tma_load_3d(
+        smem.keys(operand, stage) + panel * Traits::kPanelBytes + lane * (Traits::kPanelBytes / 2),
+        map, panel * device::kTmaColumns, head, row, bar, policy);
   }
 }
 
 // One warp brings all tiles of K and V.
-template <class Traits>
+template <class Traits, bool kPaged>
 __device__ __forceinline__ void produce(const DenseFwdSm90Smem<Traits>& smem,
-                                        const CUtensorMap* k_map, const CUtensorMap* v_map,
-                                        const FwdTileWork& work, uint32_t& tail_parity) {
+                                        const PagedKeys& pages, const CUtensorMap* k_map,
+                                        const CUtensorMap* v_map, const FwdTileWork& work,
+                                        uint32_t& tail_parity) {
   using namespace device;
   const int lane = threadIdx.x % kWarpSize;
   const int stop = work.first_step + work.num_steps;
-  int key = work.last_key / Traits::kTileKv * Traits::kTileKv;
-  for (int n = work.first_step; n < stop; ++n, key -= Traits::kTileKv) {
+  for (int n = work.first_step; n < stop; ++n) {
+    const int key = (work.last_key / Traits::kTileKv - (n - work.first_step)) * Traits::kTileKv;
     const int stage = n % Traits::kStages, rows = work.num_keys - key;
+    const int row = kPaged
+                        ? find_key_row(pages, work.seq, key + lane * kDensePageKeys, work.kv_head)
+                        : work.key_row + key;
 #pragma unroll
     for (int operand = 0; operand < 2; ++operand) {
       // The consumers have left the tile that was here before; passes at once in the first round.
@@ -124,9 +133,10 @@ __device__ __forceinline__ void produce(const DenseFwdSm90Smem<Traits>& smem,
       // A tensor map knows no sequences. P of missing keys is 0, but 0 times what the next sequence
       // has there may be NaN.
       const bool is_cut = operand == 1 && rows < Traits::kTileKv;
-      if (lane == 0) {
-        copy_keys(smem, operand == 0 ? k_map : v_map, operand, stage, work.kv_head,
-                  work.key_row + key, is_cut ? smem.tail() : smem.full(operand, stage));
+      if (lane < (kPaged ? 2 : 1)) {
+        copy_keys(smem, operand == 0 ? k_map : v_map, operand, stage,
+                  kPaged && pages.head_rows > 0 ? 0 : work.kv_head, row,
+                  is_cut ? smem.tail() : smem.full(operand, stage));
       }
       if (!is_cut) continue;
       mbarrier_wait(smem.tail(), tail_parity);
@@ -219,15 +229,15 @@ __device__ __forceinline__ void load_queries(const DenseFwdSm90Smem<Traits>& sme
   }
 }
 
-template <class Traits>
+template <class Traits, bool kPaged>
 __device__ __forceinline__ void run_producer(const DenseFwdSm90Smem<Traits>& smem,
-                                             const CUtensorMap* k_map, const CUtensorMap* v_map,
-                                             const FwdTileWork* works,
+                                             const PagedKeys& pages, const CUtensorMap* k_map,
+                                             const CUtensorMap* v_map, const FwdTileWork* works,
                                              const FwdSchedule& schedule) {
   uint32_t tail_parity = 0;
   for (int tile = 0; schedule.has(tile); ++tile) {
     const FwdTileWork& work = wait_for_work(smem, works, tile);
-    produce(smem, k_map, v_map, work, tail_parity);
+    produce<Traits, kPaged>(smem, pages, k_map, v_map, work, tail_parity);
     release_work(smem, tile);
   }
 }

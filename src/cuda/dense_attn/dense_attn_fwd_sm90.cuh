@@ -338,7 +338,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kProducerRegisters));
     const int warp = (threadIdx.x - Traits::kConsumerThreads) / kWarpSize;
     if (warp == 0) {
-      run_producer<Traits>(smem, &k_map, &v_map, works, schedule);
+      if (keys.pages.defined()) {
+        run_producer<Traits, true>(smem, keys.pages, &k_map, &v_map, works, schedule);
+      } else {
+        run_producer<Traits, false>(smem, keys.pages, &k_map, &v_map, works, schedule);
+      }
     } else if (warp == 1) {
       find_works<Traits>(smem, p, keys, works, schedule);
     } else if (warp == 2 && threadIdx.x % kWarpSize == 0) {

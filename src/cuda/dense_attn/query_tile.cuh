@@ -10,7 +10,7 @@ namespace fsattn {
 struct QueryTileWork {
   int64_t token;               // of the first query
   int64_t k_offset, v_offset;  // elements
-  int head, kv_head;
+  int seq, head, kv_head;
   int key_row;      // row of k of the first key
   int position;     // of the first query
   int num_queries;  // from the first one to the end of the sequence; 0 or less: nothing to do
@@ -57,6 +57,7 @@ __device__ QueryTileWork find_query_tile(const Tensors& p, const device::KeySet&
       device::rows_of(p.packing.cu_q, batch, tile.seq, static_cast<int>(p.packing.total_q));
   const device::RowRange kv = device::rows_of(keys.cu_keys, batch, tile.seq, keys.total_keys);
   QueryTileWork work;
+  work.seq = tile.seq;
   work.head = index % num_heads;
   work.kv_head = work.head / (num_heads / static_cast<int>(p.shape.num_heads_kv));
   work.key_row = kv.begin;

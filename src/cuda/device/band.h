@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "base/math.h"
+#include "params/attention.h"
 
 namespace fsattn::device {
 
@@ -40,6 +41,7 @@ struct KeySet {
   Band band;
   const int32_t* cu_keys;  // [batch + 1]
   int total_keys;
+  PagedKeys pages = {};  // where the keys are instead, for the forward pass on Hopper
 };
 
 }  // namespace fsattn::device
