@@ -17,6 +17,8 @@ struct SelectBlocksParams {
   ScoreDType score_dtype;
   int32_t* topk_idx;  // [Hkv, total_q, topk], contiguous
   Scratch scratch;
+  // As in AttnFwdParams, of k_cmp, whose head stride is 0 where a row of the pages is that of one head.
+  PagedKeys pages = {};
 };
 
 struct BlockIndexParams {

@@ -10,6 +10,7 @@ void launch_select_blocks(const SelectBlocksParams& params, Stream stream) {
   if constexpr (kConfig.arch == Arch::kSm90a) {
     launch_select_blocks_sm90<kConfig>(params, stream);
   } else {
+    FSATTN_ASSERT(!params.pages.defined());
     launch_select_blocks_sm80<kConfig>(params, stream);
   }
 }

@@ -1,6 +1,7 @@
 // The tiles of the Hopper kernel of select_blocks and the warps that bring them: select_blocks_sm90.cuh.
 #pragma once
 #include "cuda/device/barrier_sm90.cuh"
+#include "cuda/device/page_table.cuh"
 #include "cuda/device/tile_sm80.cuh"
 #include "cuda/select_blocks/select_blocks.h"
 #include "cuda/select_blocks/select_blocks_work.cuh"
@@ -144,11 +145,14 @@ __device__ __forceinline__ void load_keys(const SelectSm90<Traits>& cta, const S
   const Rows& rows = cta.p.k_cmp;
   const int column = thread % 8 * 8, row = thread / 8;
   const int window = tile * Traits::kTileKv + row / 2 * 32 + row % 2;
-  const Element* src = static_cast<const Element*>(rows.data) +
-                       (work.first_row + window) * rows.token_stride +
+  // Half the windows of a span of 32, which does not cross a page.
+  const PagedKeys& pages = cta.p.pages;
+  const int64_t first = pages.defined() ? find_key_row(pages, work.seq, window, work.kv_head)
+                                        : work.first_row + window;
+  const Element* src = static_cast<const Element*>(rows.data) + first * rows.token_stride +
                        work.kv_head * rows.head_stride + column;
   const int cols = static_cast<int>(cta.p.shape.head_dim) - column;
-  const int left = work.num_keys - window;
+  const int left = first < 0 ? 0 : work.num_keys - window;
   const uint32_t dst = cta.keys(stage) + tile_offset<64>(row, thread % 8);
 #pragma unroll
   for (int n = 0; n < Traits::kTileKv / 8; ++n) {

@@ -9,7 +9,7 @@ namespace fsattn::device {
 
 // What one CTA computes.
 struct SelectWork {
-  int kv_head;
+  int seq, kv_head;
   int first_head;   // of the group
   int64_t token;    // of the first query
   int position;     // of the first query
@@ -88,6 +88,7 @@ __device__ SelectWork find_select_work(const SelectBlocksParams& p, const Band& 
   const RowRange keys = rows_of(p.mask.cu_cmp, batch, tile.seq, static_cast<int>(p.mask.total_cmp));
   const bool is_sequence = tile.seq < batch;
   SelectWork work;
+  work.seq = tile.seq;
   work.kv_head = index % num_heads;
   work.first_head = work.kv_head * static_cast<int>(p.shape.group_size());
   work.token = int64_t{queries.begin} + tile.first;
