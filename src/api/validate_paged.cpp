@@ -152,6 +152,8 @@ PagedProblem attention_problem(PagedOp op, const Arguments& args, const PagedSeq
   PagedProblem problem = paged_problem(op, args, {seq, in.packing, in.kv, in.cache, cmp});
   problem.num_heads_q = in.shape.num_heads_q;
   problem.has_key_rows = keys_in_pages(in.cache, in.kv.num_heads_kv).page_rows > 0;
+  problem.has_cmp_key_rows =
+      cmp.k.data != nullptr && keys_in_pages(cmp, in.kv.num_heads_kv).page_rows > 0;
   return problem;
 }
 
@@ -191,6 +193,8 @@ Checked<PagedProblem, PagedAppendParams> validate(const AppendKv& call, Purpose 
   problem.kernel_stride = call.kernel_stride;
   problem.compress_kind = call.kind;
   problem.has_rope = write.rope.cos != nullptr || call.rope_cos.defined();
+  problem.overwrites_raw_keys =
+      write.raw.size != 0 && write.raw.size != write.cache.table.page_size;
   return {problem, params};
 }
 

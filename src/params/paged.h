@@ -107,43 +107,30 @@ struct PagedScatterParams {
   int64_t kernel_stride;
 };
 
-// What a gather brings. The tokens can come later, on another stream.
-enum class GatherPart {
-  kAll,
-  kCompressed,  // lengths and compressed tokens
-  kTokens,      // the rest, from the lengths
-};
-
-// Of the tokens, a gather brings those alone that a window over the new ones reaches; fewer, where they are
-// more than max_k.
-struct GatherWindow {
-  int64_t window_size;
-  int64_t max_k;      // of one sequence
-  int32_t* cu_k;      // [batch + 1] of k and v; null: a gather brings all tokens
-  int32_t* q_offset;  // [batch]: as much below that of all tokens as tokens are left out
-};
-inline constexpr int64_t kGatherWindowStep = 128;  // that many tokens are left out, or a multiple
-
 // Pages -> packed tensors of all tokens, the new ones included: the input of the operators over packed
 // sequences. Lengths are clamped to 0 .. max_k; the compressed ones follow from them. cmp.k.data is
 // null when there is no compressed cache; k_cmp, v_cmp and cu_cmp are unused then. k.data is null when no
-// tokens are wanted.
+// tokens are wanted, k_cmp.data when no compressed ones are.
 struct PagedGatherParams {
   PagedPacking packing;
   PagedShape shape;
   PagedKvView cache, cmp;
   int64_t kernel_size;
   int64_t kernel_stride;
-  Rows k, v;                           // [batch * max_k, Hkv, D or Dv]
-  Rows k_cmp, v_cmp;                   // [batch * num_windows(max_k), Hkv, D or Dv]
-  int32_t* cu_k;                       // [batch + 1]
-  int32_t* cu_cmp;                     // [batch + 1]
-  int32_t* q_offset;                   // [batch]: cache_seqlens, 0 for negative ones
-  GatherPart part = GatherPart::kAll;  // on the CPU always all
-  GatherWindow window = {};            // on the CPU none
+  Rows k, v;          // [batch * max_k, Hkv, D or Dv]
+  Rows k_cmp, v_cmp;  // [batch * num_windows(max_k), Hkv, D or Dv]
+  int32_t* cu_k;      // [batch + 1]
+  int32_t* cu_cmp;    // [batch + 1]
+  int32_t* q_offset;  // [batch]: cache_seqlens, 0 for negative ones
 };
 
-// PagedWrite, compression and PagedScatter in one, for few new tokens a sequence.
+// What the plan fixes for the fused kernels.
+struct PagedTuning {
+  int64_t cmp_split;  // attention: compressed keys a split
+  bool has_chunks;    // append: sequences may have any number of new tokens
+};
+
+// PagedWrite, compression and PagedScatter in one.
 struct PagedAppendParams {
   PagedWriteParams write;  // x_k, x_v, cu_x unused
   PagedKvView cmp;         // k.data is null: nothing is compressed
@@ -151,12 +138,8 @@ struct PagedAppendParams {
   const void* weight_k;
   const void* weight_v;
   const void* pos_emb;
+  PagedTuning tuning;
   Scratch scratch;
-};
-
-// What the plan fixes for the fused kernels.
-struct PagedTuning {
-  int64_t cmp_split;  // compressed keys a split
 };
 
 // All of native sparse attention for few queries a sequence.

@@ -58,12 +58,26 @@ PagedChoice choose_decode(const PagedProblem& p, const DeviceInfo& device) {
   return choice;
 }
 
-PagedChoice choose_append(const PagedProblem& p, const DeviceInfo& device) {
+// Any number of new tokens; without compression the composed path is one kernel, too.
+PagedChoice choose_append_chunk(const PagedProblem& p, const DeviceInfo& device) {
   PagedChoice choice;
-  if (p.max_seqlen_q > kDecodeMaxQueries) {
-    choice.reason = "more new tokens than the fused kernels take";
+  choice.reason = "more new tokens than the fused kernels take";
+  if (p.cmp_page_size == 0 || p.compress_kind == CompressKind::kLinear || p.overwrites_raw_keys) {
     return choice;
   }
+  constexpr size_t kStatic = 8192;  // shared memory beside the weights
+  if (static_cast<size_t>(paged_append_chunk_smem(p.kernel_size)) + kStatic > device.smem_per_cta) {
+    return choice;
+  }
+  choice.row = find_paged_copy_row(p.dtype);
+  choice.tuning.has_chunks = true;
+  choice.reason = "many new tokens a sequence";
+  return choice;
+}
+
+PagedChoice choose_append(const PagedProblem& p, const DeviceInfo& device) {
+  if (p.max_seqlen_q > kDecodeMaxQueries) return choose_append_chunk(p, device);
+  PagedChoice choice;
   constexpr size_t kStatic = 8192;  // shared memory beside the windows
   const bool is_linear = p.compress_kind == CompressKind::kLinear;
   const int64_t window =

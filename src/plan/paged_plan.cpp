@@ -4,6 +4,7 @@
 #include <sstream>
 
 #include "base/check.h"
+#include "plan/dense_attn_table.h"
 #include "plan/paged_cuda.h"
 
 namespace fsattn {
@@ -51,12 +52,6 @@ PagedKernel choose_kernel(const PagedProblem& problem, const DeviceInfo& device,
   FSATTN_CHECK(kernel.row >= 0, kUnsupported, name_of(problem.op),
                ": this build has no CUDA kernel for ", to_string(problem));
   return kernel;
-}
-
-// Tokens of a sequence that windows over its new ones reach.
-int64_t window_tokens(const PagedProblem& problem) {
-  const int64_t reach = problem.max_q + problem.window_size + kGatherWindowStep - 1;
-  return std::min(problem.max_k, reach);
 }
 
 // A step over the packed copies. Fields that the operator does not have stay 0.
@@ -113,19 +108,27 @@ bool reads_pages(const PagedProblem& problem, const Plan& selected) {
          selected.algorithm == Algorithm::kBlockMajor;
 }
 
-PagedCopies add_copies(WorkspaceLayout& layout, const PagedProblem& problem, bool reads_pages) {
-  const int64_t windows = packed_windows(problem), heads = problem.num_heads_kv;
+// Those of kDenseAttnFwdTable.
+bool reads_pages(const Plan& dense, bool has_key_rows, int64_t page_size) {
+  return has_key_rows && dense.arch == Arch::kSm90a && page_size % kDensePageKeys == 0;
+}
+
+// What a composed attention copies, behind its reason.
+const char* copies_text(bool reads_pages, bool reads_cmp_pages) {
+  if (reads_pages) return reads_cmp_pages ? ", copies nothing" : ", copies compressed tokens";
+  return reads_cmp_pages ? ", copies tokens" : ", copies all tokens";
+}
+
+PagedCopies add_copies(WorkspaceLayout& layout, const PagedProblem& problem, bool copies_tokens,
+                       bool copies_windows) {
+  const int64_t heads = problem.num_heads_kv;
   FSATTN_CHECK(
       packed_tokens(problem) <= kMaxPackedTokens, kUnsupported, name_of(problem.op),
       ": without a fused kernel, sequences * max_seqlen_k must be smaller than 2^31, found ",
       problem.batch, " * ", problem.max_k);
+  const int64_t tokens = copies_tokens ? packed_tokens(problem) : 0;
+  const int64_t windows = copies_windows ? packed_windows(problem) : 0;
   PagedCopies copies;
-  const bool has_window = problem.op == PagedOp::kAttn;
-  int64_t tokens = packed_tokens(problem);
-  if (reads_pages) {
-    copies.max_window_k = has_window ? window_tokens(problem) : 0;
-    tokens = problem.batch * copies.max_window_k;
-  }
   copies.k = layout.add(rows_bytes(problem, tokens, heads, problem.head_dim));
   copies.v = layout.add(rows_bytes(problem, tokens, heads, problem.head_dim_v));
   copies.k_cmp = layout.add(rows_bytes(problem, windows, heads, problem.head_dim));
@@ -133,10 +136,6 @@ PagedCopies add_copies(WorkspaceLayout& layout, const PagedProblem& problem, boo
   copies.cu_k = layout.add(index_bytes(problem.batch + 1));
   copies.cu_cmp = layout.add(index_bytes(problem.batch + 1));
   copies.q_offset = layout.add(index_bytes(problem.batch));
-  if (reads_pages && has_window) {
-    copies.cu_window = layout.add(index_bytes(problem.batch + 1));
-    copies.q_offset_window = layout.add(index_bytes(problem.batch));
-  }
   return copies;
 }
 
@@ -189,19 +188,19 @@ PagedAttnPlan make_paged_attn_plan(const PagedProblem& problem, const DeviceInfo
                         step_problem(Op::kSelectedAttn, problem),
                         step_problem(Op::kWindowAttn, problem),
                         step_problem(Op::kGate, problem)};
-    plan.reads_pages = reads_pages(problem, make_plan(steps.selected, device));
-    plan.copies = add_copies(layout, problem, plan.reads_pages);
-    if (plan.reads_pages) {
-      plan.kernel.reason += ", selected_attention reads the pages";
-      steps.window.max_k = plan.copies.max_window_k;
-      steps.window.total_k = problem.batch * steps.window.max_k;
-    }
+    plan.steps = make_plan(steps, device);
+    plan.reads_pages = reads_pages(problem, plan.steps.selected) &&
+                       reads_pages(plan.steps.window, problem.has_key_rows, problem.page_size);
+    plan.reads_cmp_pages =
+        plan.steps.select.arch == Arch::kSm90a &&
+        reads_pages(plan.steps.compressed, problem.has_cmp_key_rows, problem.cmp_page_size);
+    plan.kernel.reason += copies_text(plan.reads_pages, plan.reads_cmp_pages);
+    plan.copies = add_copies(layout, problem, !plan.reads_pages, !plan.reads_cmp_pages);
     const size_t o = rows_bytes(problem, problem.total_q, problem.num_heads_q, problem.head_dim_v);
     const size_t lse = static_cast<size_t>(problem.total_q * problem.num_heads_q) *
                        size_of(stats_dtype(problem.dtype));
     for (Region* region : {&plan.o_cmp, &plan.o_sel, &plan.o_win}) *region = layout.add(o);
     for (Region* region : {&plan.lse_cmp, &plan.lse_sel, &plan.lse_win}) *region = layout.add(lse);
-    plan.steps = make_plan(steps, device);
     plan.workspace_cap = problem.workspace_cap;
     scratch = plan.steps.workspace_bytes;
   }
@@ -218,8 +217,8 @@ PagedSelectedPlan make_paged_selected_plan(const PagedProblem& problem, const De
   if (!plan.kernel.is_fused) {
     plan.selected = make_plan(step_problem(Op::kSelectedAttn, problem), device);
     plan.reads_pages = reads_pages(problem, plan.selected);
-    if (plan.reads_pages) plan.kernel.reason += ", selected_attention reads the pages";
-    plan.copies = add_copies(layout, problem, plan.reads_pages);
+    plan.kernel.reason += copies_text(plan.reads_pages, true);
+    plan.copies = add_copies(layout, problem, !plan.reads_pages, false);
     plan.workspace_cap = problem.workspace_cap;
     scratch = plan.selected.workspace_bytes;
   }

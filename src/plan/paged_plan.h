@@ -2,9 +2,8 @@
 // one, else composed: pages are copied into packed tensors in the workspace, and the operators over
 // packed sequences do the rest. Workspace of a composed attention, with T = B * max_k tokens and
 // C = B * windows of max_k: (T + C) * Hkv * (D + Dv) elements, six times total_q * Hq * Dv for the
-// branches, and the scratch memory of the operators. The Hopper rows of selected attention read the pages
-// themselves (PagedKeys): then T is only what windows over the new tokens reach, at most
-// B * (max_q + window_size + 127), and nothing for selected attention alone.
+// branches, and the scratch memory of the operators. The Hopper rows read the pages themselves
+// (PagedKeys): then T is 0, C is 0, or both.
 #pragma once
 #include <string>
 
@@ -35,17 +34,17 @@ struct PagedAppendPlan {
 
 // The packed copies of a cache.
 struct PagedCopies {
-  Region k, v, k_cmp, v_cmp, cu_k, cu_cmp, q_offset;
-  // Where selected attention reads pages: k and v are of the tokens that windows reach, and these theirs.
-  int64_t max_window_k = 0;  // of a sequence
-  Region cu_window, q_offset_window;
+  Region k, v;          // empty where tokens are read in their pages
+  Region k_cmp, v_cmp;  // likewise
+  Region cu_k, cu_cmp, q_offset;
 };
 
 struct PagedAttnPlan {
   PagedKernel kernel;
   Region topk_idx;  // unless the caller has memory for it
   // Composed.
-  bool reads_pages = false;  // selected attention does
+  bool reads_pages = false;      // of tokens: selected and window attention do
+  bool reads_cmp_pages = false;  // compressed attention and select_blocks do
   PagedCopies copies;
   Region o_cmp, o_sel, o_win, lse_cmp, lse_sel, lse_win;
   NsaFwdPlan steps;

@@ -24,8 +24,10 @@ struct PagedProblem {
   int64_t block_size = 0, topk = 0, window_size = 0;
   CompressKind compress_kind{};
   bool has_rope = false;
-  bool has_key_rows = false;  // keys_in_pages() of the cache are defined
-  bool has_topk_out = false;  // the caller has memory for topk_idx
+  bool overwrites_raw_keys = false;  // new tokens may take the place of keys before their rotation
+  bool has_key_rows = false;         // keys_in_pages() of the cache are defined,
+  bool has_cmp_key_rows = false;     // and of the compressed cache
+  bool has_topk_out = false;         // the caller has memory for topk_idx
   bool batch_invariant = false;
   size_t workspace_cap = 0;
 

@@ -61,6 +61,11 @@ constexpr int64_t paged_append_smem(int64_t kernel_size, int64_t head_dim, int64
          (kernel_size + kDecodeMaxQueries - 1) * (head_dim + head_dim_v) * 2;
 }
 
+// Shared memory of paged_append of chunks: the weights of a window.
+constexpr int64_t paged_append_chunk_smem(int64_t kernel_size) {
+  return round_up(kernel_size, int64_t{4}) * 4;
+}
+
 // Shared memory of the linear kind of paged_append: one window in fp32.
 constexpr int64_t paged_append_linear_smem(int64_t kernel_size, int64_t head_dim) {
   return kernel_size * head_dim * 4;

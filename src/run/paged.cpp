@@ -89,31 +89,24 @@ PagedGatherParams gather_params(const PagedCopies& copies, const PagedPacking& p
   return gather;
 }
 
-GatherWindow gather_window(const PagedCopies& copies, int64_t window_size, void* workspace) {
-  return {window_size, copies.max_window_k, index_in(workspace, copies.cu_window),
-          index_in(workspace, copies.q_offset_window)};
-}
-
-// That of the tokens that windows reach.
-Packing window_packing(const PagedGatherParams& gather, Packing packing) {
-  packing.cu_k = gather.window.cu_k;
-  packing.q_offset = gather.window.q_offset;
-  packing.max_k = gather.window.max_k;
-  packing.total_k = packing.batch * packing.max_k;
-  return packing;
-}
-
-// Selected attention that reads the pages.
-void set_pages(SelectedAttnFwdParams& selected, const PagedKvView& cache) {
-  const int64_t heads = selected.attn.shape.num_heads_kv;
-  selected.pages = keys_in_pages(cache, heads);
+// An attention that reads pages.
+template <class Params>
+void set_pages(Params& params, const PagedKvView& cache) {
+  const int64_t heads = params.attn.shape.num_heads_kv;
+  params.pages = keys_in_pages(cache, heads);
   const bool has_one_head =
-      heads == 1 || selected.pages.head_rows > 0;  // a row; its stride is unused
+      heads == 1 || params.pages.head_rows > 0;  // a row; its stride is unused
   const auto rows_of = [&](const PagedRows& rows) -> Rows {
     return {rows.data, rows.token_stride, has_one_head ? rows.token_stride : rows.head_stride};
   };
-  selected.attn.k = rows_of(cache.k);
-  selected.attn.v = rows_of(cache.v);
+  params.attn.k = rows_of(cache.k);
+  params.attn.v = rows_of(cache.v);
+}
+
+void set_pages(SelectBlocksParams& select, const PagedKvView& cache) {
+  select.pages = keys_in_pages(cache, select.shape.num_heads_kv);
+  select.k_cmp = {cache.k.data, cache.k.token_stride,
+                  select.pages.head_rows > 0 ? 0 : cache.k.head_stride};
 }
 
 // The packed sequences that a gather makes.
@@ -173,12 +166,18 @@ NsaFwdParams step_params(const PagedAttnPlan& plan, const PagedAttnParams& param
                          params.topk,       params.topk,
                          params.block_size, BlockIndexView{}};
   steps.selected.workspace_cap = plan.workspace_cap;
-  if (plan.reads_pages) set_pages(steps.selected, params.cache);
-  const Packing near = plan.reads_pages ? window_packing(gather, packing) : packing;
   steps.window.attn =
-      branch_tensors(params, near, gather.k, gather.v, data_in(workspace, plan.o_win),
+      branch_tensors(params, packing, gather.k, gather.v, data_in(workspace, plan.o_win),
                      data_in(workspace, plan.lse_win));
   steps.window.mask = {params.window_size};
+  if (plan.reads_pages) {
+    set_pages(steps.selected, params.cache);
+    set_pages(steps.window, params.cache);
+  }
+  if (plan.reads_cmp_pages) {
+    set_pages(steps.compressed, params.cmp);
+    set_pages(steps.select, params.cmp);
+  }
   const AttnShape& shape = params.shape;
   steps.gate = {
       {shape.dtype, packing.total_q, shape.num_heads_q, shape.head_dim_v, params.activation},
@@ -198,6 +197,7 @@ void run_append(const PagedAppendPlan& plan, const PagedAppendParams& params, vo
   const Backend& backend = backend_of(plan.kernel.arch);
   if (plan.kernel.is_fused) {
     PagedAppendParams fused = params;
+    fused.tuning = plan.kernel.tuning;
     fused.scratch = scratch_in(workspace, plan.scratch);
     backend.paged_append(plan.kernel.row, fused, stream);
     return;
@@ -228,22 +228,16 @@ void run_paged_attn(const PagedAttnPlan& plan, const PagedAttnParams& params, vo
   gather.cmp = p.cmp;
   gather.kernel_size = p.kernel_size;
   gather.kernel_stride = p.kernel_stride;
-  if (plan.reads_pages) gather.window = gather_window(plan.copies, p.window_size, workspace);
   const NsaFwdParams steps = step_params(plan, p, gather, workspace);
   void* const scratch = data_in(workspace, plan.scratch);
+  backend.paged_gather(plan.kernel.row, gather, stream);
   if (backend.fork_stream == nullptr) {
-    backend.paged_gather(plan.kernel.row, gather, stream);
     run_nsa_fwd(plan.steps, steps, scratch, stream);
     return;
   }
-  // Copies use memory where the products of the compressed branch leave it alone, and the tiles of the window
-  // fill the SMs that run out of those of compressed attention. Neither needs scratch memory.
+  // The tiles of the window fill the SMs that run out of those of compressed attention. It needs no scratch memory.
   FSATTN_ASSERT(plan.steps.window.workspace_bytes == 0);
-  gather.part = GatherPart::kCompressed;
-  backend.paged_gather(plan.kernel.row, gather, stream);
   const Stream side = backend.fork_stream(stream);
-  gather.part = GatherPart::kTokens;
-  backend.paged_gather(plan.kernel.row, gather, side);
   run_nsa_fwd_compressed(plan.steps, steps, scratch, stream);
   run_nsa_fwd_window(plan.steps, steps, scratch, side);
   backend.join_stream(side, stream);

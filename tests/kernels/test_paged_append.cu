@@ -1,4 +1,5 @@
-// Appending to a paged cache: the fused kernel, the composed path and the CPU store the same.
+// Appending to a paged cache: the kernels for few tokens and for many, the composed path and the CPU store the
+// same.
 #include <array>
 #include <string>
 
@@ -42,7 +43,7 @@ Bits random_bits(DType dtype, size_t n, uint64_t seed, double scale = 1.0) {
 // A cache that one of the three ways writes. All its bytes are NaN in the beginning.
 struct Cache {
   Device device;
-  int64_t max_q;  // the bound that is passed: up to 8 is fused
+  int64_t max_q;  // the bound that is passed: up to 8 are few tokens
   std::vector<Bits> pools;
 
   Cache(Device where, int64_t bound, const Options& o) : device(where), max_q(bound) {
@@ -222,6 +223,8 @@ TEST(plain) { check("plain", {}); }
 TEST(rope_and_ring) {
   Options o;
   o.has_rope = true;
+  check("rope, ring", o);
+  o.raw_size = 64;
   check("rope", o);
   o.is_hnd = true;
   o.has_pos_emb = true;
@@ -237,13 +240,24 @@ TEST(weighted_fp16) {
   check("weighted, fp16", o);
 }
 
-// More tokens than the fused kernel takes: both ways are the composed one.
+// More tokens than the kernel for few takes: the two differ in nothing but the bound, and the CPU checks them.
 TEST(chunks) {
   Options o;
   o.chunk = 3;
+  check("chunks", o);
+  o.is_hnd = true;
+  o.has_pos_emb = true;
+  o.kind = CompressKind::kSoftmax;
+  check("chunks, softmax, position embedding, HND", o);
+  o = {};
+  o.chunk = 3;
   o.has_rope = true;
+  check("chunks, rope, ring", o);
   o.raw_size = 64;
   check("chunks, rope", o);
+  o.kind = CompressKind::kWeighted;
+  o.dtype = DType::kFloat16;
+  check("chunks, rope, weighted, fp16", o);
 }
 
 TEST(linear) {

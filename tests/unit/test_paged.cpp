@@ -107,24 +107,34 @@ TEST(cuda_fuses_few_queries_and_composes_chunks) {
       make_append_plan(llama(PagedOp::kAppend, DeviceType::kCuda, 1), cuda).kernel.is_fused);
 }
 
-TEST(selected_attention_on_hopper_reads_even_pages) {
+TEST(kernels_of_hopper_read_even_pages) {
   DeviceInfo cuda = device_of(DeviceType::kCuda);
   PagedProblem chunk = llama(PagedOp::kAttn, DeviceType::kCuda, 8192);
   chunk.batch = 1;
   chunk.total_q = 8192;
   chunk.has_key_rows = true;
-  const PagedAttnPlan plan = make_paged_attn_plan(chunk, cuda);
-  EXPECT_TRUE(plan.reads_pages);
-  EXPECT_TRUE(holds(to_string(plan), "(composed, selected_attention reads the pages)"));
-  EXPECT_EQ(plan.copies.max_window_k, 8192 + 512 + 127);
-  EXPECT_EQ(plan.copies.k.bytes, size_t{8192 + 512 + 127} * 8 * 128 * 2);
+  PagedAttnPlan plan = make_paged_attn_plan(chunk, cuda);
+  EXPECT_TRUE(plan.reads_pages && !plan.reads_cmp_pages);
+  EXPECT_TRUE(holds(to_string(plan), "(composed, copies compressed tokens)"));
+  EXPECT_EQ(plan.copies.k.bytes, size_t{0});
   EXPECT_EQ(plan.copies.k_cmp.bytes, size_t{4095} * 8 * 128 * 2);
-  chunk.max_k = 8200;  // a window reaches all tokens
-  EXPECT_EQ(make_paged_attn_plan(chunk, cuda).copies.max_window_k, 8200);
+  chunk.has_cmp_key_rows = true;
+  plan = make_paged_attn_plan(chunk, cuda);
+  EXPECT_EQ(chunk.cmp_page_size % 64 == 0, plan.reads_cmp_pages);
+  chunk.cmp_page_size = 64;
+  plan = make_paged_attn_plan(chunk, cuda);
+  EXPECT_TRUE(plan.reads_pages && plan.reads_cmp_pages);
+  EXPECT_TRUE(holds(to_string(plan), "(composed, copies nothing)"));
+  EXPECT_EQ(plan.copies.v_cmp.bytes, size_t{0});
+  chunk.cmp_page_size = 32;  // a box of keys would cross a page
+  EXPECT_TRUE(!make_paged_attn_plan(chunk, cuda).reads_cmp_pages);
+  chunk.has_key_rows = false;
+  EXPECT_TRUE(holds(to_string(make_paged_attn_plan(chunk, cuda)), "(composed, copies all tokens)"));
+  chunk.has_key_rows = true;
   PagedProblem selected = llama(PagedOp::kSelected, DeviceType::kCuda, 100);
   selected.has_key_rows = true;
   EXPECT_EQ(make_paged_selected_plan(selected, cuda).copies.k.bytes, size_t{0});
-  chunk.head_dim = 120;  // no row of Hopper's own
+  chunk.head_dim = 120;  // no row of selected attention of Hopper's own
   EXPECT_TRUE(!make_paged_attn_plan(chunk, cuda).reads_pages);
   cuda.arch = Arch::kSm80;
   EXPECT_TRUE(!make_paged_selected_plan(selected, cuda).reads_pages);

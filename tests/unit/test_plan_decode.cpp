@@ -91,6 +91,16 @@ TEST(small_gpus_take_head_dims_up_to_192) {
   EXPECT_EQ(choose_paged_fused(p, kRtx).row, 2);
 }
 
+TEST(many_new_tokens_have_a_kernel_of_their_own) {
+  PagedProblem p = llama(PagedOp::kAppend);
+  EXPECT_TRUE(!choose_paged_fused(p, kH200).tuning.has_chunks);
+  p.max_seqlen_q = 9;  // the bound alone decides: max_q depends on the batch
+  const PagedChoice choice = choose_paged_fused(p, kH200);
+  EXPECT_EQ(choice.row, 0);
+  EXPECT_TRUE(choice.tuning.has_chunks);
+  EXPECT_EQ(choice.reason, std::string("many new tokens a sequence"));
+}
+
 TEST(what_is_not_fused) {
   const auto expect_refusal = [](PagedProblem p, const DeviceInfo& device, const char* reason) {
     const PagedChoice choice = choose_paged_fused(p, device);
@@ -110,8 +120,16 @@ TEST(what_is_not_fused) {
   p = llama(PagedOp::kAttn);
   p.head_dim = p.head_dim_v = 256;
   expect_refusal(p, kRtx, "the device has too little shared memory");
-  p = llama(PagedOp::kAppend);
-  p.max_q = p.max_seqlen_q = 9;
+  PagedProblem many = llama(PagedOp::kAppend);
+  many.max_q = many.max_seqlen_q = 9;
+  p = many;
+  p.overwrites_raw_keys = true;
+  expect_refusal(p, kH200, "more new tokens than the fused kernels take");
+  p = many;
+  p.compress_kind = CompressKind::kLinear;
+  expect_refusal(p, kH200, "more new tokens than the fused kernels take");
+  p = many;
+  p.cmp_page_size = 0;
   expect_refusal(p, kH200, "more new tokens than the fused kernels take");
   p = llama(PagedOp::kAppend);
   p.compress_kind = CompressKind::kLinear;

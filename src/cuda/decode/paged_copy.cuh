@@ -50,13 +50,6 @@ __device__ __forceinline__ int first_open_token(int before, int64_t size, int64_
   return count_windows(before, size, stride) * static_cast<int>(stride);
 }
 
-// The first token of those that GatherWindow describes.
-__device__ __forceinline__ int first_window_token(const PagedGatherParams& p, const PagedSpan& s) {
-  constexpr int kStep = static_cast<int>(kGatherWindowStep);
-  const int64_t first = max(s.before - p.window.window_size, int64_t{0});
-  return static_cast<int>(first) / kStep * kStep;
-}
-
 }  // namespace device
 
 // A template, so that the rows that launch it share one.
@@ -159,48 +152,30 @@ __global__ void __launch_bounds__(kThreads, 1)
     paged_lengths_kernel(const __grid_constant__ PagedGatherParams p) {
   using namespace device;
   const int batch = static_cast<int>(p.packing.batch);
-  int32_t* const cu[] = {p.cu_k, p.cmp.k.data == nullptr ? nullptr : p.cu_cmp, p.window.cu_k};
+  int32_t* const cu[] = {p.cu_k, p.cmp.k.data == nullptr ? nullptr : p.cu_cmp};
   write_prefix_sums(batch, cu, [&](int b, int list) {
     const PagedSpan s = find_span(p.packing, b);
-    if (list == 0) return s.total;
-    if (list == 1) return count_windows(s.total, p.kernel_size, p.kernel_stride);
-    return min(s.total - first_window_token(p, s), static_cast<int>(p.window.max_k));
+    return list == 0 ? s.total : count_windows(s.total, p.kernel_size, p.kernel_stride);
   });
   for (int b = threadIdx.x; b < batch; b += kThreads) {
-    const int offset = max(__ldg(p.packing.cache_seqlens + b), 0);
-    p.q_offset[b] = offset;
-    if (p.window.cu_k != nullptr) {
-      p.window.q_offset[b] = offset - first_window_token(p, find_span(p.packing, b));
-    }
+    p.q_offset[b] = max(__ldg(p.packing.cache_seqlens + b), 0);
   }
 }
-
-// Which tokens a gather copies to which rows.
-struct GatherRange {
-  const int32_t* cu;  // of the rows
-  // Of each sequence, q_offset before tokens were left out in front, and after; null: none are.
-  const int32_t *q_offset, *q_offset_left;
-  int tiles;  // of a sequence
-};
 
 // Pages of `view` -> rows of k and v. One CTA: kGatherTokens rows of one sequence, all heads.
 template <class Element>
 __global__ void __launch_bounds__(kPagedThreads)
     paged_gather_kernel(const __grid_constant__ PagedKvView view,
-                        const __grid_constant__ GatherRange range,
                         const __grid_constant__ PagedShape shape, const __grid_constant__ Rows k,
-                        const __grid_constant__ Rows v) {
+                        const __grid_constant__ Rows v, const int32_t* cu, int tiles) {
   using namespace device;
-  const int seq = blockIdx.x / range.tiles;
-  const int first = (blockIdx.x - seq * range.tiles) * kGatherTokens;
-  const int begin = range.cu[seq], num = min(range.cu[seq + 1] - begin - first, kGatherTokens);
+  const int seq = blockIdx.x / tiles;
+  const int first = (blockIdx.x - seq * tiles) * kGatherTokens;
+  const int begin = cu[seq], num = min(cu[seq + 1] - begin - first, kGatherTokens);
   if (num <= 0) return;
-  const int left_out =
-      range.q_offset == nullptr ? 0 : range.q_offset[seq] - range.q_offset_left[seq];
   __shared__ PagePlace places[kGatherTokens];
   if (threadIdx.x < num) {
-    places[threadIdx.x] =
-        find_page(view.table, seq, left_out + first + static_cast<int>(threadIdx.x));
+    places[threadIdx.x] = find_page(view.table, seq, first + static_cast<int>(threadIdx.x));
   }
   __syncthreads();
   const int heads = static_cast<int>(shape.num_heads_kv), items = num * heads;
@@ -277,28 +252,19 @@ template <PagedCopyConfig kConfig>
 void launch_paged_gather(const PagedGatherParams& p, Stream stream) {
   using Element = device::ElementOf<kConfig.dtype>;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (p.part != GatherPart::kTokens) {
-    paged_lengths_kernel<kPagedThreads><<<1, kPagedThreads, 0, cuda_stream>>>(p);
-  }
-  const auto gather = [&](const PagedKvView& view, GatherRange range, int64_t max_rows,
+  paged_lengths_kernel<kPagedThreads><<<1, kPagedThreads, 0, cuda_stream>>>(p);
+  const auto gather = [&](const PagedKvView& view, const int32_t* cu, int64_t max_rows,
                           const Rows& k, const Rows& v) {
-    const int64_t tiles = ceil_div(max_rows, int64_t{kGatherTokens});
-    if (tiles * p.packing.batch * p.shape.num_heads_kv == 0) return;
-    range.tiles = static_cast<int>(tiles);
-    paged_gather_kernel<Element>
-        <<<static_cast<unsigned>(tiles * p.packing.batch), kPagedThreads, 0, cuda_stream>>>(
-            view, range, p.shape, k, v);
+    const auto tiles = static_cast<int>(ceil_div(max_rows, int64_t{kGatherTokens}));
+    const int64_t ctas = tiles * p.packing.batch;
+    if (k.data == nullptr || ctas * p.shape.num_heads_kv == 0) return;
+    paged_gather_kernel<Element><<<static_cast<unsigned>(ctas), kPagedThreads, 0, cuda_stream>>>(
+        view, p.shape, k, v, cu, tiles);
   };
-  if (p.part != GatherPart::kCompressed && p.k.data != nullptr) {
-    if (p.window.cu_k != nullptr) {
-      gather(p.cache, {p.window.cu_k, p.q_offset, p.window.q_offset, 0}, p.window.max_k, p.k, p.v);
-    } else {
-      gather(p.cache, {p.cu_k, nullptr, nullptr, 0}, p.packing.max_k, p.k, p.v);
-    }
-  }
-  if (p.part != GatherPart::kTokens && p.cmp.k.data != nullptr) {
-    gather(p.cmp, {p.cu_cmp, nullptr, nullptr, 0},
-           num_windows(p.packing.max_k, p.kernel_size, p.kernel_stride), p.k_cmp, p.v_cmp);
+  gather(p.cache, p.cu_k, p.packing.max_k, p.k, p.v);
+  if (p.cmp.k.data != nullptr) {
+    gather(p.cmp, p.cu_cmp, num_windows(p.packing.max_k, p.kernel_size, p.kernel_stride), p.k_cmp,
+           p.v_cmp);
   }
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
