@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._bench_configs import CONFIGS, PUBLISHED, Config
-from ._bench_measure import Effort, Rates, measure, measure_rates
+from ._bench_measure import Effort, Rates, measure, measure_in_turn, measure_rates
 from ._bench_report import markdown, write_line
 from ._blocks import compress_kv
 from ._native import native_sparse_attention
@@ -133,10 +133,11 @@ class Cache:
         bounds = {"max_seqlen_q": self.shape.new, "max_seqlen_k": self.longest}
         return {"cache_seqlens": self.seqlens, "cu_seqlens_q": self.cu, **bounds}
 
-    def move_to(self, start: int) -> None:
-        """The new tokens stand at `start` from now on."""
+    def move_to(self, start: int, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        """The new tokens stand at `start` from now on; q, k, v and gates are theirs."""
         self.longest = start + self.shape.new
         self.seqlens.fill_(start)
+        self.q, self.new_k, self.new_v, self.gates = inputs
 
     def attend(self) -> Tensor:
         c, cache = self.shape.config, (self.k, self.v, self.table)
@@ -278,27 +279,25 @@ def _cases(shape: Shape, seed: int) -> Iterator[tuple[str, str, int, Callable[[]
         yield "dense decode", name, shape.dense_bytes(), call
 
 
-def _prefill_cases(shape: Shape, seed: int) -> Iterator[tuple[str, str, int | None, Callable]]:
+def _prefill_cases(shape: Shape, seed: int) -> dict[str, Callable[[], object]]:
     """A prompt of `context` tokens in chunks of `new` over the pages, and in one forward pass."""
     cache, c = Cache(shape, seed), shape.config
-
-    def in_chunks() -> None:
-        for start in range(0, shape.context - shape.new + 1, shape.new):
-            cache.move_to(start)
-            cache.step()
-
-    yield "prefill in chunks", "fsattn", None, in_chunks
     total, cu = shape.batch * shape.context, torch.arange(shape.batch + 1, dtype=torch.int32)
     cu = (cu * shape.context).to(shape.device)
-    q, k, v = (
-        torch.randn(total, heads, dim, dtype=shape.dtype, device=shape.device)
-        for heads, dim in [
-            (c.heads_q, c.head_dim),
-            (c.heads_kv, c.head_dim),
-            (c.heads_kv, c.head_dim_v),
-        ]
+    sizes = [(c.heads_q, c.head_dim), (c.heads_kv, c.head_dim), (c.heads_kv, c.head_dim_v)]
+    q, k, v, gates = (
+        torch.randn(total, *size, dtype=shape.dtype, device=shape.device)
+        for size in [*sizes, (c.heads_q, 3)]
     )
-    gates = torch.randn(total, c.heads_q, 3, dtype=shape.dtype, device=shape.device)
+    # The same tokens both times: what they select decides how long it takes.
+    parts = [x.unflatten(0, (shape.batch, -1)).split(shape.new, 1) for x in (q, k, v, gates)]
+    chunks = [[x.flatten(0, 1) for x in chunk] for chunk in zip(*parts)]
+
+    def in_chunks() -> None:
+        for i, chunk in enumerate(chunks):
+            cache.move_to(i * shape.new, chunk)
+            cache.step()
+
     windows = {"kernel_size": c.kernel_size, "kernel_stride": c.kernel_stride}
     bounds = {"max_seqlen_q": shape.context, "max_seqlen_k": shape.context}
 
@@ -317,7 +316,7 @@ def _prefill_cases(shape: Shape, seed: int) -> Iterator[tuple[str, str, int | No
             window_size=c.window_size,
         )
 
-    yield "prefill at once", "fsattn", None, at_once
+    return {"prefill in chunks": in_chunks, "prefill at once": at_once}
 
 
 def _fits(shape: Shape) -> bool:
@@ -344,19 +343,33 @@ def _measure(
         need = 2 * shape.cache_bytes() / 2**30
         yield {**identity, "skipped": f"needs {need:.0f} GiB"}
         return
-    make_cases = _prefill_cases if is_prefill else _cases
-    for operator, implementation, size, call in make_cases(shape, seed):
+    if is_prefill:
+        yield from _measure_prefill(shape, effort, seed, identity)
+        return
+    for operator, implementation, size, call in _cases(shape, seed):
         record = {**identity, "operator": operator, "implementation": implementation}
         try:
-            # A prompt is computed once; its lengths are known to the host.
-            timed = call if is_prefill else _graphed(call, shape.device)
-            found = measure(timed, shape.device, effort)
+            found = measure(_graphed(call, shape.device), shape.device, effort)
             record.update(us=1e3 * found.median)
             if size is not None:
                 record.update(floor_us=1e6 * size / rates.bytes, bytes=size)
         except (RuntimeError, NotImplementedError) as error:
             record["error"] = f"{type(error).__name__}: {error}"[:300]
         yield record
+
+
+def _measure_prefill(shape: Shape, effort: Effort, seed: int, identity: dict) -> Iterator[dict]:
+    """Without a graph: a prompt is computed once, and its lengths are known to the host."""
+    cases = _prefill_cases(shape, seed)
+    records = [{**identity, "operator": name, "implementation": "fsattn"} for name in cases]
+    try:
+        found = measure_in_turn(list(cases.values()), shape.device, effort)
+        for record, measured in zip(records, found):
+            record.update(us=1e3 * measured.median)
+    except (RuntimeError, NotImplementedError) as error:
+        for record in records:
+            record["error"] = f"{type(error).__name__}: {error}"[:300]
+    yield from records
 
 
 def _table(records: list[dict]) -> str:
@@ -418,8 +431,11 @@ def _fill_defaults(options: argparse.Namespace) -> None:
 
 def main(argv: list[str], environment: Callable[[torch.device, str], dict]) -> int:
     """Measures what the arguments name; returns 1 if an operator of this library failed."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     _fill_defaults(options)
+    if options.chunk is not None and any(n % options.chunk for n in options.contexts):
+        parser.error("--chunk: must divide the contexts")
     options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]

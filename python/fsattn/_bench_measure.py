@@ -8,7 +8,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -128,6 +128,20 @@ def measure(function: Callable[[], object], device: torch.device, effort: Effort
     # Again: the first run also loads kernels and starts threads, which need memory of their own.
     peak = _peak_of(function, device)
     return Measurement(statistics.median(times), min(times), cpu, len(runs), peak)
+
+
+def measure_in_turn(
+    functions: list[Callable[[], object]], device: torch.device, effort: Effort
+) -> list[Measurement]:
+    """measure() of each, with their runs in turn: times to be compared see the same clocks."""
+    alone = [measure(function, device, replace(effort, runs=1)) for function in functions]
+    run, count = _runner(device), min(effort.affordable_runs(m.median / 1e3) for m in alone)
+    rounds = [[run(f, m.cpu) for f, m in zip(functions, alone)] for _ in range(count)]
+    found = []
+    for seen, one in zip(zip(*rounds), alone):
+        times, cpu = [r.ms for r in seen], statistics.median(r.cpu for r in seen)
+        found.append(Measurement(statistics.median(times), min(times), cpu, count, one.peak))
+    return found
 
 
 def _status_bytes(field: str) -> int | None:
