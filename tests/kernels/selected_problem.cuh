@@ -13,12 +13,12 @@ enum class Values {
   kEqualLogits,  // all logits equal, of the size of the largest floats (fp16: the largest inputs)
   kLargestV,     // v is the largest value of the type, so o is too
   kZeroV,
+  kSpecialV,  // infinities in column 5 of every 100th key and NaN in column 77 of every 150th
   // bf16 only, fp16 has no such range:
   kHugeV,          // v times 2^100
   kTinyV,          // v times 2^-110
   kScaledColumns,  // columns of v times 2^-20 to 2^20
   kScaledBlocks,   // every other block of 64 keys times 2^40, every third 2^-60
-  kSpecialV,       // an infinity in column 5 of every 100th key and NaN in column 77 of every 150th
 };
 
 // What `values` multiplies v of a key and column by.
