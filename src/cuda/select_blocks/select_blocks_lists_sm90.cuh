@@ -12,23 +12,6 @@
 
 namespace fsattn::device {
 
-// sort_in_lane() where the last one is the least already.
-template <int kCount>
-__device__ __forceinline__ void sort_before_least(int (&x)[kCount]) {
-#pragma unroll
-  for (int p = 1; p < kCount; p *= 2) {
-#pragma unroll
-    for (int k = p; k >= 1; k /= 2) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int j = i + k;
-        const bool is_pair = i >= k % p && (i - k % p) / k % 2 == 0 && i / (2 * p) == j / (2 * p);
-        if (j < kCount - 1 && is_pair) order(x[i], x[j]);
-      }
-    }
-  }
-}
-
 // Of a number of each lane: the sum of the lanes of a quad before this one, and of all four.
 struct QuadSum {
   unsigned before, all;
