@@ -7,9 +7,9 @@
 //         deep, across item borders. The item warp walks the work items: K and V of item n (TMA, two
 //         buffers) and the CSR entries of item n + 1 (three buffers). Tiles are dealt out in turn over
 //         all items of the CTA: every third goes to the same group, into the next stage of its ring.
-// Memory  K, V 2 x 32 KiB, queries 3 groups x 3 stages x 64 x 272 B (153 KiB), entries 6 KiB. Query rows
-//         are padded to 272 B, so that ldmatrix needs no swizzle.
-// Regs    Q 32 + S 32, then P 16 + O 64. 16 warps x 128 are the whole register file.
+// Memory  K, V 2 x 32 KiB, queries 3 groups x 3 stages x 16 KiB (144 KiB), entries 6 KiB; K, V and queries
+//         in panels of 64 columns with the 128-byte swizzle, as wgmma reads them.
+// Regs    S 32, then P 16 + O 64. 16 warps x 128 are the whole register file.
 // Bound   per row and block 256 B read (L2), 264 B written (memory), 32.8 kFLOP. What limits is the
 //         consumers' chain of instructions: docs/kernels/selected_attn.md.
 #pragma once
@@ -17,6 +17,7 @@
 #include "cuda/device/cache_hint_sm80.cuh"
 #include "cuda/device/copy_sm80.cuh"
 #include "cuda/device/mma_sm80.cuh"
+#include "cuda/device/panels_sm90.cuh"
 #include "cuda/device/wgmma_sm90.cuh"
 #include "cuda/selected_attn/partial_row.cuh"
 #include "cuda/selected_attn/selected_attn_fwd_args.cuh"
@@ -34,8 +35,8 @@ struct WgmmaTraits {
   static constexpr int kThreads = (kItemWarp + 1) * kWarpSize;
   static constexpr bool kIsPacked = device::kIsBf16<Element>;  // partial rows: partial_row.cuh
   static constexpr int kRows = 16, kTileRows = 64;  // query rows of a warp, of a warpgroup
-  static constexpr int kRowBytes = kD * 2, kPitch = kRowBytes + 16;
-  static constexpr int kStageBytes = kTileRows * kPitch;
+  static constexpr int kRowBytes = kD * 2;
+  static constexpr int kStageBytes = kTileRows * kRowBytes;
   static constexpr int kPanelBytes = kKeys * 128;  // 64 columns of K or V
   static constexpr int kTileBytes = 2 * kPanelBytes;
   static constexpr int kKvBuffers = 2, kEntryBuffers = 3, kMaxEntries = 512;
@@ -172,7 +173,9 @@ __device__ __forceinline__ void load_queries(const FwdArgs& a, const WgmmaSmem<T
   constexpr int kRounds = T::kTileRows / kWarpSize;
   const uint64_t policy = device::l2_evict_last();
   const char* lane_source = static_cast<const char*>(a.q.data) + lane % 16 * 16;
-  const uint32_t lane_offset = lane / 16 * T::kPitch + lane % 16 * 16;
+  const int chunk = lane % 16, first_row = lane / 16;
+  const uint32_t lane_offset =
+      chunk / 8 * T::kPanelBytes + first_row * 128 + ((chunk ^ first_row) & 7) * 16;
   int first_tile = group, use = 0;
   for (int n = 0;; ++n) {
     const int buffer = n % T::kEntryBuffers;
@@ -203,8 +206,8 @@ __device__ __forceinline__ void load_queries(const FwdArgs& a, const WgmmaSmem<T
         const uint32_t offset =
             __shfl_sync(kFullMask, offset_of_lane[i / 16], 2 * i % kWarpSize + lane / 16);
         if (offset == kNoRow) continue;
-        device::cp_async_16_hint(to + 2 * i * T::kPitch, lane_source + int64_t{offset} * 16,
-                                 policy);
+        device::cp_async_16_hint((to ^ (2 * i % 8 * 16)) + 2 * i * 128,
+                                 lane_source + int64_t{offset} * 16, policy);
       }
       device::cp_async_arrive(s.q_full(group, ring.stage));
     }
@@ -221,22 +224,15 @@ __device__ __forceinline__ void load_queries(const FwdArgs& a, const WgmmaSmem<T
 
 // ---- Consumer warps ----
 
-// S = Q K^T for the warpgroup's 64 rows; `here`: this warp's 16 rows. Returns with wgmma in flight.
+// Starts S = Q K^T of a tile.
 template <class T>
-__device__ __forceinline__ void start_scores(uint32_t here, uint32_t k_tile, int lane,
+__device__ __forceinline__ void start_scores(const WgmmaSmem<T>& s, uint32_t kv, int group, int use,
                                              float (&acc)[32]) {
-  uint32_t q[8][4];
-#pragma unroll
-  for (int kk = 0; kk < 8; ++kk) {
-    device::ldmatrix_x4(q[kk], here + lane % 16 * T::kPitch + kk * 32 + lane / 16 * 16);
-  }
+  const Ring<T> ring(use);
+  device::mbarrier_wait(s.q_full(group, ring.stage), ring.parity);
+  device::fence_async_proxy();
   device::wgmma_fence();
-#pragma unroll
-  for (int kk = 0; kk < 8; ++kk) {
-    const uint32_t k_at = k_tile + kk / 4 * T::kPanelBytes + kk % 4 * 32;
-    device::wgmma_m64n64k16_k_major<typename T::Element>(
-        acc, q[kk], device::wgmma_descriptor(k_at, 16), kk > 0);
-  }
+  device::panel_product<typename T::Element>(acc, s.stage(group, ring.stage), kv);
   device::wgmma_commit();
 }
 
@@ -331,12 +327,8 @@ __device__ __forceinline__ void consume_tile(const FwdArgs& a, const WgmmaSmem<T
                                              const Window& window, int group, int use, int row0,
                                              int lane) {
   const Ring<T> ring(use);
-  const uint32_t here = s.stage(group, ring.stage) + row0 * T::kPitch;
-  device::mbarrier_wait(s.q_full(group, ring.stage), ring.parity);
   float acc[32];
-  start_scores<T>(here, kv, lane, acc);
-  __syncwarp();  // the queries are in registers
-  if (lane == 0) device::mbarrier_arrive(s.q_empty(group, ring.stage));
+  start_scores<T>(s, kv, group, use, acc);
   // Meanwhile: where the rows go (lane r owns row r), and how far they see.
   const int row = tile * T::kTileRows + row0 + lane;
   int out_row = -1, limit = item.num_keys - 1;
@@ -350,7 +342,9 @@ __device__ __forceinline__ void consume_tile(const FwdArgs& a, const WgmmaSmem<T
     limit = min(token - item.diag_token, limit);
   }
   const bool is_masked = __any_sync(kFullMask, limit < T::kKeys - 1);
-  device::wgmma_wait();
+  device::wgmma_wait_group<0>();
+  device::pin_registers(acc);
+  if (lane == 0) device::mbarrier_arrive(s.q_empty(group, ring.stage));
   if (is_masked) mask_scores(acc, limit, lane);
   float top[2], sum[2];
   uint32_t prob[4][4];
@@ -374,7 +368,8 @@ __device__ __forceinline__ void consume_tile(const FwdArgs& a, const WgmmaSmem<T
   if constexpr (T::kIsPacked) stats = pack_stats(stats.x, stats.y, window.code());
   if (out_row >= 0) __stcs(a.partial_stats + out_row, stats);
   float scale[2] = {__fdividef(1.f, total0), __fdividef(1.f, total1)};
-  device::wgmma_wait();
+  device::wgmma_wait_group<0>();
+  device::pin_registers(o);
   if constexpr (T::kIsPacked) {
     if (window.is_far()) {
       const float down = window.first_step();
