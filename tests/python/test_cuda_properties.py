@@ -20,8 +20,15 @@ TYPES = st.sampled_from(CUDA_TYPES)
 SEEDS = st.integers(0, 999)
 
 
-def _has_two_windows(shape):
-    return any(n >= shape.kernel_size + shape.kernel_stride for n in shape.lens_k)
+def _has_yardstick(shape):
+    """Whether dk_cmp can be judged by PyTorch's error in it: with one window it is a difference of
+    equal terms, rounding alone, and the largest error among few numbers is luck."""
+    windows = [
+        (n - shape.kernel_size) // shape.kernel_stride + 1
+        for n in shape.lens_k
+        if n >= shape.kernel_size
+    ]
+    return max(windows, default=0) > 1 and sum(windows) * shape.heads_kv * shape.dim >= 64
 
 
 @pytest.mark.parametrize("op", [*ATTENTIONS, "native_sparse_attention", "gate"])
@@ -29,8 +36,7 @@ def test_random_shapes(op):
     @few
     @given(shapes(), TYPES, SEEDS)
     def run(shape, dtype, seed):
-        # One window at most: the gradient of k_cmp is a difference of equal terms, rounding alone.
-        assume(op != "native_sparse_attention" or _has_two_windows(shape))
+        assume(op != "native_sparse_attention" or _has_yardstick(shape))
         check_case(OPERATORS[op](shape, dtype, DEVICE, seed=seed), dtype, DEVICE, seed=seed)
 
     run()
