@@ -255,10 +255,13 @@ constexpr SelectedFwdLayout selected_fwd_layout(const SelectedShape& shape,
                                                 const SelectedAttnFwdConfig& config) {
   const bool has_tiles = shape.has_tiles();
   const int64_t row_bytes = shape.head_dim_v * 2 / 4 * (has_packed_rows(config) ? 3 : 4);
+  // Packed rows leave an eighth of the cap to the regions that do not shrink with it, so that 1 GiB holds
+  // the whole workspace of 128K tokens.
+  const int64_t counted_bytes = (row_bytes + 8) * 8 / (has_packed_rows(config) ? 7 : 8);
   SelectedFwdLayout l{};
   l.split = split_selected(
       shape, {.keys = selected_keys(shape.head_dim, shape.head_dim_v, shape.block_size),
-              .row_bytes = row_bytes + 8,
+              .row_bytes = counted_bytes,
               .item_rows = 1024,
               .max_item_entries = 512,  // what the shared memory of the wgmma row holds
               .range_rows = 32768});

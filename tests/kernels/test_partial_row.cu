@@ -115,7 +115,7 @@ TEST(statistics_carry_the_window) {
   std::vector<float> sums;
   for (unsigned i = 0; i + 1 < kSums; ++i) {
     sums.push_back(std::ldexp(1.f + std::ldexp(static_cast<float>(i * 132071 % 8388608), -23),
-                              static_cast<int>(i % 14) - 7));
+                              static_cast<int>(i % 15) - 8));
   }
   sums.push_back(NAN);
   const DeviceArray<float> dsums(sums), dback(kWindows * kSums);

@@ -73,10 +73,11 @@ struct Window {
   __device__ __forceinline__ float first_step() const { return power_of_two(kFar - exponent); }
   __device__ __forceinline__ float step() const { return power_of_two(kTop - min(exponent, kFar)); }
 
-  // Sums of probabilities are in [2^-7, 2^7], which four bits of exponent tell apart, and keep 19 bits of
-  // mantissa. Window and sum share a word that is never kNoPartial.
-  static constexpr uint32_t kSumBits = 0x07fffff0u, kSumBase = 120u << 23;
-  static constexpr float kMaxSum = 128.f;
+  // Sums of probabilities are in [2^-8, 2^7]: the headroom of 64 keys makes the largest term 2^-6, but the
+  // rounding of a shift of 2^26 makes it 2^-8, that of a larger one 1. Four bits of exponent tell them
+  // apart; 19 bits of mantissa are kept. Window and sum share a word that is never kNoPartial.
+  static constexpr uint32_t kSumBits = 0x07fffff0u, kSumBase = 119u << 23;
+  static constexpr float kMinSum = 0x1p-8f, kMaxSum = 128.f;
   __device__ __forceinline__ uint32_t code() const {
     const auto x = static_cast<uint32_t>(exponent);
     return (x >> 3 << 27 | (x & 7) << 1 | has_special) - kSumBase;
@@ -91,7 +92,7 @@ struct Window {
 
 // {shift, sum} of a row with the code of its window. A NaN of the sum goes to the shift.
 __device__ __forceinline__ float2 pack_stats(float shift, float sum, uint32_t window_code) {
-  const uint32_t bits = __float_as_uint(fminf(sum, Window::kMaxSum));
+  const uint32_t bits = __float_as_uint(fmaxf(fminf(sum, Window::kMaxSum), Window::kMinSum));
   const bool is_nan = sum != sum && shift > -INFINITY;
   return {is_nan ? sum : shift, __uint_as_float(((bits + 8) & ~15u) + window_code)};
 }
