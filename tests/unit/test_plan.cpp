@@ -355,6 +355,14 @@ TEST(workspace_layout) {
   EXPECT_EQ(layout.bytes(), 1024);
 }
 
+TEST(workspace_cap_holds_a_selected_forward_of_128k_tokens) {
+  Problem problem = llama(Op::kSelectedAttn, Pass::kFwd, DeviceType::kCuda);
+  problem.total_q = problem.max_q = problem.total_k = problem.max_k = 131072;
+  for (const DeviceInfo& device : {kH200, kA100}) {
+    EXPECT_TRUE(make_plan(problem, device).workspace_bytes <= problem.workspace_cap);
+  }
+}
+
 // Linear in the length: four times the tokens, at most four times the workspace.
 TEST(workspace_is_linear_in_the_length) {
   const auto scaled = [](Problem problem, int64_t factor) {
