@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kWarpgroup)
         mn, ar[kk], device::wgmma_descriptor(smem_address(sv) + kk * 2048, 8192), kk > 0);
   }
   device::wgmma_commit();
-  device::wgmma_wait();
+  device::wgmma_wait_group<0>();
   device::pin_registers(rs);
   device::pin_registers(ss);
   device::pin_registers(mn);
