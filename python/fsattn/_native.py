@@ -4,18 +4,10 @@ import torch
 from torch import Tensor
 
 from . import _arguments as arguments
+from ._blocks import compress_kv
 from ._library import call, wants_gradient
 
 _ops = torch.ops.fsattn
-
-
-def _mean(x: Tensor, seq: arguments.Sequences, kernel_size: int, kernel_stride: int):
-    """The mean of every window of packed rows, and cu_seqlens_cmp."""
-    kind = arguments.COMPRESS_KINDS["mean"]
-    return call(
-        _ops.compress_kv_fwd.default,
-        *(x, seq.cu_k, None, None, seq.max_k, kernel_size, kernel_stride, kind),
-    )
 
 
 def native_sparse_attention(
@@ -93,11 +85,14 @@ def native_sparse_attention(
             raise ValueError("cu_seqlens_cmp: must not be given without k_cmp and v_cmp")
         # The backward on CUDA adds the gradients of the means to those of k and v itself.
         adds_means = k.is_cuda
-        means = [
-            _mean(x.detach() if adds_means else x, seq, kernel_size, kernel_stride)
+        (k_rows, cu_cmp), (v_rows, _) = (
+            compress_kv(
+                *(x.detach() if adds_means else x, seq.cu_k, seq.max_k),
+                kernel_size=kernel_size,
+                kernel_stride=kernel_stride,
+            )
             for x in rows[1:]
-        ]
-        (k_rows, cu_cmp), (v_rows, _) = means
+        )
     else:
         arguments.check_tensors(k_cmp=k_cmp, v_cmp=v_cmp)
         arguments.check_same_layout("q", q, k_cmp=k_cmp, v_cmp=v_cmp)

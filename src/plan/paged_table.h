@@ -87,6 +87,20 @@ inline constexpr int64_t kDecodePooledBlocks = 1024;
 inline constexpr int kDecodeRankCtas = 8;
 inline constexpr int kDecodeRankBlocks = 256;  // of a CTA
 
+// CTAs that rank the blocks of a query together; 0: one CTA without a cluster does it. Clusters are faster
+// until they fill the SMs, which the window branch shares (measured: docs/kernels/decode.md). The result
+// is the same either way.
+constexpr int decode_rank_ctas(int64_t max_blocks, int64_t queries, int num_sms) {
+  const int64_t least = ceil_div<int64_t>(max_blocks, kDecodeRankBlocks);
+  if (least > kDecodeRankCtas || least * queries > 2 * num_sms) return 0;
+  int ctas = 1;
+  while (ctas < kDecodeRankCtas && 4 * least > ctas &&
+         (ctas < least || 2 * ctas * queries <= 4 * num_sms)) {
+    ctas *= 2;
+  }
+  return ctas;
+}
+
 // Shared memory of a CTA: 16 queries, those of the next work item, and for each of four warps a
 // ring of chunks of 16 keys.
 inline constexpr int kDecodeStages = 2;

@@ -84,6 +84,15 @@ TEST(long_sequences_keep_block_scores) {
   EXPECT_EQ(choose_paged_fused(p, kH200).row, 1);
 }
 
+TEST(clusters_rank_blocks_while_they_leave_sms_free) {
+  constexpr int kSms = 132;
+  EXPECT_EQ(decode_rank_ctas(1024, 16 * 4, kSms), 8);  // 16 x 64K, 4 heads
+  EXPECT_EQ(decode_rank_ctas(1024, 16 * 8, kSms), 0);  // 16 x 64K, 8 heads
+  EXPECT_EQ(decode_rank_ctas(128, 16 * 8, kSms), 4);   // 16 x 8K, 8 heads
+  EXPECT_EQ(decode_rank_ctas(2048, 8, kSms), 8);       // 1 x 128K, 8 heads
+  EXPECT_EQ(decode_rank_ctas(2049, 8, kSms), 0);       // more blocks than a cluster holds
+}
+
 TEST(small_gpus_take_head_dims_up_to_192) {
   PagedProblem p = llama(PagedOp::kAttn);
   EXPECT_EQ(choose_paged_fused(p, kRtx).row, 1);

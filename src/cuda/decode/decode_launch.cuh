@@ -145,19 +145,6 @@ void launch_decode_branches(const DecodeArgs& args, bool overlaps, Stream stream
                        Traits::kThreads, Traits::kSmemBytes, {overlaps}, stream, args);
 }
 
-// CTAs that rank the blocks of a query together; 0: decode_select does it. Clusters are faster until
-// they fill the SMs, which the window branch shares.
-inline int rank_ctas(const DecodeArgs& args, int64_t queries, const DecodeDevice& gpu) {
-  const int least = ceil_div(args.max_blocks, kDecodeRankBlocks);
-  if (!gpu.has_overlap || least > kDecodeRankCtas || least * queries > 2 * gpu.num_sms) return 0;
-  int ctas = 1;
-  while (ctas < kDecodeRankCtas && 4 * least > ctas &&
-         (ctas < least || 2 * ctas * queries <= 4 * gpu.num_sms)) {
-    ctas *= 2;
-  }
-  return ctas;
-}
-
 inline void launch_decode_rank(const DecodeArgs& args, int64_t queries, int ctas, Stream stream) {
   // A quad of windows a thread, in two turns where many queries share the SMs.
   const int share = ceil_div(args.max_blocks, ctas);
@@ -173,7 +160,8 @@ inline void launch_decode_rank(const DecodeArgs& args, int64_t queries, int ctas
 inline void launch_decode_select(const DecodeArgs& args, const DecodeDevice& gpu, Stream stream) {
   const int64_t queries = int64_t{args.batch} * args.heads_kv * args.max_q;
   const DecodeLaunch launch{gpu.has_overlap};
-  if (const int ctas = rank_ctas(args, queries, gpu); ctas > 0) {
+  const int ctas = gpu.has_overlap ? decode_rank_ctas(args.max_blocks, queries, gpu.num_sms) : 0;
+  if (ctas > 0) {
     launch_decode_rank(args, queries, ctas, stream);
     return;
   }

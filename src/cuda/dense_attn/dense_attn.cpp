@@ -68,7 +68,6 @@ void launch_bwd(int row, const Params& params, int64_t split_rows, Stream stream
     buffers.dq_sums = shared.sums;
     buffers.turns = shared.turns;
     buffers.num_turns = dense_num_turns(packing.batch, packing.total_q, shape.num_heads_q);
-    buffers.leaves_dq = true;
     buffers.prior_turns = shared.prior_turns;
   }
   buffers.splits =

@@ -24,7 +24,6 @@ struct DenseBwdBuffers {
   float* dq_sums;     // [Hq, total_q, 128]; used when one kernel computes all gradients
   int* turns;         // how many CTAs have started, then how many have added to each tile of dQ
   int64_t num_turns;  // 0: several kernels compute the gradients
-  bool leaves_dq;     // selected attention reads dq_sums: they are not rounded here
   const int* prior_turns;  // of the kernel that added to them before; null when there is none
 };
 

@@ -67,7 +67,8 @@ void launch_dense_attn_fused(const AttnBwdTensors& tensors, const device::KeySet
                              make_query_map(tensors, tensors.q, shape.head_dim),
                              make_query_map(tensors, tensors.dout, shape.head_dim_v));
   }
-  if (packing.total_q == 0 || buffers.leaves_dq) return;
+  // Shared sums are selected attention's to round.
+  if (packing.total_q == 0 || tensors.shared_dq.sums != nullptr) return;
   const int64_t ctas = device::num_tile_slots(packing.total_q, packing.batch, kTurnQueries) *
                        tensors.shape.num_heads_q;
   dense_attn_round_dq_kernel<typename Traits::Element>

@@ -22,8 +22,7 @@ __global__ void __launch_bounds__(kRoundThreads)
     const int num_heads = static_cast<int>(p.shape.num_heads_q);
     const int tile = gridDim.x / num_heads - 1 - blockIdx.x / num_heads;
     const int64_t turn = 1 + int64_t{tile} * num_heads + work.head;
-    has_sums = buffers.turns[turn] > 0 ||
-               (buffers.prior_turns != nullptr && buffers.prior_turns[turn] > 0);
+    has_sums = buffers.turns[turn] > 0;
   }
   __syncthreads();
   const int chunk = threadIdx.x % 16;

@@ -9,31 +9,13 @@ namespace fsattn::device {
 // window. The map does not know where the last one is: a box must lie inside the tensor.
 inline CUtensorMap make_windows_map(const Rows& rows, DType dtype, int64_t windows, int64_t heads,
                                     int64_t dim) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    FSATTN_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                       cudaEnableDefault, &found));
-    FSATTN_ASSERT(found == cudaDriverEntryPointSuccess);
-    return reinterpret_cast<Encode>(function);
-  }();
-  CUtensorMap map;
   const auto pitch = static_cast<cuuint64_t>(rows.token_stride) * 2;
   const cuuint64_t dims[5] = {static_cast<cuuint64_t>(dim), static_cast<cuuint64_t>(windows), 4, 16,
                               static_cast<cuuint64_t>(heads)};
   const cuuint64_t strides[4] = {pitch, 32 * pitch, 2 * pitch,
                                  static_cast<cuuint64_t>(rows.head_stride) * 2};
   const cuuint32_t box[5] = {kTmaColumns, 2, 4, 16, 1};
-  const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
-  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result =
-      encode(&map, type, 5, rows.data, dims, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  FSATTN_ASSERT(result == CUDA_SUCCESS);
-  return map;
+  return encode_map<5>(rows.data, dtype, dims, strides, box);
 }
 
 __device__ __forceinline__ void tma_load_windows(uint32_t dst, const CUtensorMap* map, int column,
