@@ -9,9 +9,10 @@
 namespace fsattn {
 
 // A tile is `queries` consecutive query tokens of one sequence, counted from its first one, and all
-// heads of a KV head. A block that at least `min_queries` of them want is popular: all of a tile's
-// popular blocks together give one partial row a query row. What is popular depends on the tile alone,
-// so the other sequences of a batch and the workspace cap do not show in any result.
+// heads of a KV head. A block that at least `min_queries` of them want is popular, and in a whole tile every
+// block is: all of a tile's popular blocks together give one partial row a query row. What is popular
+// depends on the tile alone, so the other sequences of a batch and the workspace cap do not show in any
+// result.
 struct SelectedTiles {
   int64_t queries;      // three times a power of two
   int64_t bits;         // of a set of them: the next power of two
@@ -31,6 +32,12 @@ inline constexpr int64_t kSelectedTileGroupRows = 64;  // query rows of each
 inline constexpr int64_t kSelectedTileKeys = 64;       // of a block
 // A block costs a tile about 9 ns however many rows want it, and each of them about 165 ps otherwise.
 inline constexpr int64_t kSelectedPopularRows = 56;
+// A tile is whole, all of its blocks being in its list, where that costs less. In clocks of an SM: a block
+// of K and V brought, its products for a warpgroup, a row of a block in the other kernels, and a query row
+// that the merge finishes. The list is at most this long then.
+inline constexpr int kSelectedBlockCost = 1376, kSelectedProductCost = 700, kSelectedRowCost = 38,
+                     kSelectedMergeCost = 69;
+inline constexpr int64_t kSelectedWholeBlocks = 96;
 // Smaller groups have too many queries in a tile: they agree too little.
 inline constexpr int64_t kSelectedMinTileGroup = 4, kSelectedMaxTileGroup = 64;
 
@@ -42,7 +49,8 @@ constexpr SelectedTiles selected_tiles(int64_t batch, int64_t total_q, int64_t g
   t.queries = kSelectedTileGroups * of_group;
   t.bits = 4 * of_group;
   t.min_queries = ceil_div(kSelectedPopularRows, group_size);
-  t.capacity = t.queries * topk / t.min_queries;
+  t.capacity =
+      std::max(t.queries * topk / t.min_queries, std::min(t.queries * topk, kSelectedWholeBlocks));
   t.per_unit = 64 / t.bits;
   t.unit = t.per_unit * t.queries;
   t.num_units = total_q / t.unit + batch;

@@ -253,6 +253,7 @@ const Case kCases[] = {
     {"correlated, group 16", {2500, 33}, {2700, 600}, {}, 32, 2, 128, 128, 64, 16, kRandom, 1024 * kMiB, 1.f, false, false, 3, Values::kNormal, 90},
     {"correlated, group 1", {4000}, {}, {}, 2, 2, 128, 128, 64, 16, kRandom, 1024 * kMiB, 1.f, false, true, 3, Values::kNormal, 97},
     {"correlated, topk 40", {6000}, {}, {}, 8, 2, 128, 128, 64, 40, kRandom, 64 * kMiB, 1.f, false, false, 5, Values::kNormal, 97},
+    {"correlated, several windows", {140000}, {}, {}, 4, 1, 128, 128, 64, 6, kRandom, 1024 * kMiB, 1.f, false, false, 997, Values::kNormal, 95},
     {"correlated, large logits", {1500}, {}, {}, 24, 2, 128, 128, 64, 16, kRandom, 1024 * kMiB, 100.f, false, false, 3, Values::kNormal, 90},
     {"zero v", {300}, {}, {}, 8, 2, 128, 128, 64, 5, kHostile, 1024 * kMiB, 1.f, false, false, 1, Values::kZeroV},
     {"huge v", {700}, {}, {}, 8, 2, 128, 128, 64, 5, kHostile, 1024 * kMiB, 1.f, false, false, 1, Values::kHugeV},

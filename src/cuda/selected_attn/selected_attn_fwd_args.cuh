@@ -6,6 +6,9 @@
 
 namespace fsattn::selected {
 
+// What the tiles kernel leaves of a query: nothing, a partial row of its popular blocks, or its results.
+enum TileMark : uint8_t { kNoTileRow, kTileRow, kFinalRow };
+
 struct FwdArgs {
   Rows q, k, v, o;
   Stats lse;
@@ -28,7 +31,7 @@ struct FwdArgs {
   uint8_t* marks;
   // Of the popular blocks, where there are tiles. Their partial rows are in `o` until the merge.
   float2* tile_stats;   // [Hkv, total_q, G]
-  uint8_t* tile_marks;  // [Hkv, total_q] 1 where written
+  uint8_t* tile_marks;  // [Hkv, total_q] TileMark
   GateFwdParams gate;   // o.data is null without one
   PagedKeys pages;
 

@@ -53,6 +53,7 @@ inline TileArgs make_tile_args(const SelectedShape& shape, const SelectedFwdLayo
   a.entry_ints = static_cast<int>(tiles.entry_ints());
   a.unit = static_cast<int>(tiles.unit);
   a.per_unit = static_cast<int>(tiles.per_unit);
+  a.group = static_cast<int>(shape.group_size());
   a.num_units = static_cast<int>(tiles.num_units);
   const int64_t blocks = ceil_div<int64_t>(shape.total_k, kSelectedTileKeys);
   a.window = static_cast<int>(std::clamp<int64_t>(blocks, 1, kSortBlocks));
@@ -160,7 +161,7 @@ requires(kConfig.algorithm == SelectedAlgorithm::kBlockMajorWgmma) class MainKer
     q_map_ = device::make_rows_map(params.attn.q, kConfig.dtype, shape.total_q, shape.num_heads_q,
                                    T::kD, static_cast<int>(tiles.queries / Tile::kGroups),
                                    static_cast<int>(shape.group_size()));
-    tile_smem_bytes_ = Tile::smem_bytes(tiles);
+    tile_smem_bytes_ = Tile::kSmemBytes;
     tile_ctas_ =
         resident_ctas(selected_attn_fwd_tiles_kernel<Tile>, Tile::kThreads, tile_smem_bytes_);
     tiles_ = make_tile_args(shape, layout, params.attn.packing, params.mask, scratch);

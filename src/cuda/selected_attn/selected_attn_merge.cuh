@@ -26,6 +26,7 @@ struct PlaceList {
   float top, total;
   int down;
   bool is_special;
+  bool is_final;  // the tiles kernel has written the results
 };
 
 // The statistics of up to Format::kPlaces partial rows of a query row. Lane l holds places l, l + kLanes, ...
@@ -202,11 +203,14 @@ template <class Format>
 struct TilePartial {
   float2 stats = {-INFINITY, 0.f};
   uint32_t pairs[Format::kPairs] = {};
+  bool is_final = false;
 
   // All loads at once: where nobody wrote the row it holds anything.
   __device__ __forceinline__ void load(const FwdArgs& a, const MergeRow<Format>& at) {
     const int64_t query = int64_t{at.kv_head} * a.total_q + at.token;
-    const bool is_written = a.tile_marks[query] != 0;
+    const uint8_t mark = a.tile_marks[query];
+    const bool is_written = mark == kTileRow;
+    is_final = mark == kFinalRow;
     const float2 x = __ldcs(a.tile_stats + query * a.space.group + at.h);
     Format::load_fragments(reinterpret_cast<const char*>(at.out(a)), at.lane, pairs);
     if (is_written) stats = x;
@@ -278,6 +282,31 @@ __device__ __forceinline__ void finish_row(const FwdArgs& a, const MergeRow<Form
   if (a.gate.o.data != nullptr) apply_gate<Format>(a.gate, at.token, at.head(), at.lane, chunks);
 }
 
+// What is left to do for a row that the tiles kernel has finished.
+template <class Format>
+__device__ __forceinline__ void gate_final_row(const FwdArgs& a, const MergeRow<Format>& at) {
+  if (a.gate.o.data == nullptr || !Format::is_inside(a, at.lane)) return;
+  uint4 chunks[Format::kChunks];
+#pragma unroll
+  for (int i = 0; i < Format::kChunks; ++i) {
+    chunks[i] = *reinterpret_cast<const uint4*>(at.out(a) + Format::chunk_column(at.lane, i));
+  }
+  apply_gate<Format>(a.gate, at.token, at.head(), at.lane, chunks);
+}
+
+// True when the tiles kernel has finished all rows of the warp. Looked at only where little is left to merge:
+// elsewhere it would be a way to memory and back before the first loads.
+template <class Format>
+__device__ __forceinline__ bool finish_final_rows(const FwdArgs& a, int thread) {
+  if (__ldg(a.list.item_counts + blockIdx.y) > a.space.range / 16) return false;
+  const MergeRow<Format> at(a, thread);
+  const bool is_final =
+      !at.is_row || a.tile_marks[int64_t{at.kv_head} * a.total_q + at.token] == kFinalRow;
+  if (!__all_sync(kFullMask, is_final)) return false;
+  if (at.is_row) gate_final_row(a, at);
+  return true;
+}
+
 // kHasTiles: there are marks of the written rows and the partial rows of popular blocks; otherwise the
 // statistics tell. kIsShort: at most Format::kPlaces partial rows a query row beside that one.
 template <class Format, bool kHasTiles, bool kIsShort>
@@ -286,6 +315,9 @@ __global__ void __launch_bounds__(kMergeThreads, Format::min_ctas(kIsShort))
   constexpr int kLanes = Format::kLanes;
   const RowSpace& space = a.space;
   const int thread = threadIdx.x, lane = thread % kLanes;
+  if constexpr (kHasTiles) {
+    if (finish_final_rows<Format>(a, thread)) return;
+  }
   __shared__ __align__(16) PlaceList<Format> lists[kMergeThreads / kLanes];
   PlaceList<Format>& list = lists[thread / kLanes];
   RowSum<Format> sum;
@@ -337,6 +369,8 @@ __global__ void __launch_bounds__(kMergeThreads, Format::min_ctas(kIsShort))
       list.total = total;
       list.down = down;
       list.is_special = range.is_special;
+      list.is_final = false;
+      if constexpr (kHasTiles) list.is_final = tile.is_final;
     }
     batch.list_weights(list, lane);
     for (int first = 0;;) {
@@ -359,7 +393,13 @@ __global__ void __launch_bounds__(kMergeThreads, Format::min_ctas(kIsShort))
     }
   }
   // Where the row is, once more: kept, it would take registers that the loop does not have.
-  const MergeRow<Format> at(a, device::reread_thread_index());
+  MergeRow<Format> at(a, device::reread_thread_index());
+  if constexpr (kHasTiles) {
+    if (at.is_row && list.is_final) {
+      gate_final_row(a, at);
+      at.is_row = false;
+    }
+  }
   finish_row<Format, kHasTiles>(a, at, sum.acc, list.is_special, list.down);
   if (at.is_row && at.lane == 0) {
     const float total = list.total;
