@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cuda/dense_attn/dense_attn.h"
+#include "cuda/dense_attn/dense_attn_bwd_order_sm90.cuh"
 #include "kernels/dense_attn_case.h"
 #include "kernels/skip.h"
 
@@ -279,6 +280,15 @@ std::vector<Shape> all_shapes() {
     list.push_back(s);
   }
   {
+    Shape s;  // so many tiles of keys that heads walk both ways over the queries in the backward
+    s.dim = s.dim_v = 72;
+    s.heads_q = 2;
+    s.heads_kv = 1;
+    s.size = s.stride = 1;
+    s.len_q = s.len_k = {kTwoWayTiles * 128, 150};
+    list.push_back(s);
+  }
+  {
     Shape s;  // logits of a few hundred
     s.dtype = DType::kFloat16;
     s.logit = 100;
@@ -286,6 +296,28 @@ std::vector<Shape> all_shapes() {
     both(s, 200);
   }
   return list;
+}
+
+// Every tile of keys is taken once, and those of a part in order: each waits for the one before.
+void test_order_of_tiles() {
+  ++num_cases;
+  for (int parts : {1, 2, 3, 5, 8, 16, 32, 64})
+    for (int slots : {1, 2, 33, 66})
+      for (const KeyTileOrder order : {
+               KeyTileOrder{kAllHeads, 0  },
+               KeyTileOrder{8,         0  },
+               KeyTileOrder{4,         7  },
+               KeyTileOrder{8,         132}
+      }) {
+        std::vector<int> next(static_cast<size_t>(parts), 0);
+        bool is_right = true;
+        for (int ticket = 0; ticket < parts * slots; ++ticket) {
+          const KeyTileIndex index = find_key_tile_index(ticket, slots, parts, order);
+          is_right = is_right && index.part >= 0 && index.part < parts &&
+                     index.slot == next[static_cast<size_t>(index.part)]++;
+        }
+        check(is_right, "wrong order of tiles", Shape{}, order.run);
+      }
 }
 
 // Averages of the largest bf16 value are finite, though sums of P V before the division are not.
@@ -419,6 +451,7 @@ int main(int argc, char** argv) {
     if (tiny && (s.len_q.size() != 2 || s.heads_q > 6)) continue;
     test_case(s);
   }
+  test_order_of_tiles();
   test_largest_values(-1);
   test_largest_values(300);
   std::printf("%d cases, %d failed\n", num_cases, num_failed);

@@ -68,29 +68,18 @@ struct KeyTileWork {
   float scale_log2;             // softmax_scale * log2(e)
 };
 
-// What CTA `block` takes: a tile of keys of a KV head and part of its group. `max_width` of these
-// parts are taken at a time, their tiles one after the other.
+// A tile of keys of a KV head and part of its group.
 struct KeyTileIndex {
   int slot;
   int part;
 };
 
-inline constexpr int kAllHeads = 1 << 30;
-
-__device__ __forceinline__ KeyTileIndex find_key_tile_index(int block, int parts, int max_width) {
-  const int width = min(parts, max_width), slots = static_cast<int>(gridDim.x) / parts;
-  const int first = block / (slots * width) * width, rest = block % (slots * width);
-  const int some = min(width, parts - first);
-  return {rest / some, first + rest % some};
-}
-
 template <int kTileKv>
 __device__ KeyTileWork find_key_tile(const AttnBwdTensors& p, const device::KeySet& keys,
-                                     int splits, int block, int max_width) {
+                                     int splits, KeyTileIndex index) {
   const int num_kv_heads = static_cast<int>(p.shape.num_heads_kv);
   const int group = static_cast<int>(p.shape.num_heads_q) / num_kv_heads;
   const int batch = static_cast<int>(p.packing.batch);
-  const KeyTileIndex index = find_key_tile_index(block, num_kv_heads * splits, max_width);
   const int slot = index.slot;
   const device::TileSlot tile = device::find_tile(keys.cu_keys, batch, slot, kTileKv);
   const device::RowRange kv = device::rows_of(keys.cu_keys, batch, tile.seq, keys.total_keys);
@@ -442,7 +431,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __shared__ KeyTileWork work;
   const int thread = threadIdx.x;
   if (thread == 0) {
-    work = find_key_tile<Traits::kTileKv>(p, keys, buffers.splits, blockIdx.x, kAllHeads);
+    const int block = blockIdx.x;
+    const int parts = static_cast<int>(p.shape.num_heads_kv) * buffers.splits;
+    work = find_key_tile<Traits::kTileKv>(p, keys, buffers.splits, {block / parts, block % parts});
   }
   __syncthreads();
   if (work.num_keys <= 0) return;

@@ -33,15 +33,15 @@ void launch_dense_attn_dq(const AttnBwdTensors& tensors, const device::KeySet& k
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
 
-template <class Traits, class Kernel, class... Maps>
+template <class Traits, class Kernel, class... More>
 void launch_key_tiles(Kernel* kernel, const AttnBwdTensors& tensors, const device::KeySet& keys,
-                      const DenseBwdBuffers& buffers, cudaStream_t stream, const Maps&... maps) {
+                      const DenseBwdBuffers& buffers, cudaStream_t stream, const More&... more) {
   const int64_t ctas =
       device::num_tile_slots(keys.total_keys, tensors.packing.batch, Traits::kTileKv) *
       buffers.splits * tensors.shape.num_heads_kv;
   allow_shared_memory(kernel, Traits::kSmemBytes);
   kernel<<<static_cast<unsigned>(ctas), Traits::kThreads, Traits::kSmemBytes, stream>>>(
-      tensors, keys, buffers, maps...);
+      tensors, keys, buffers, more...);
   FSATTN_CUDA_CHECK(cudaGetLastError());
 }
 
@@ -51,6 +51,13 @@ inline CUtensorMap make_query_map(const AttnBwdTensors& tensors, const Rows& row
   if (tokens == 0) return {};
   return device::make_rows_map(rows, tensors.shape.dtype, tokens, tensors.shape.num_heads_q, dim,
                                kTurnQueries);
+}
+
+inline int num_sms() {
+  int device = 0, sms = 0;
+  FSATTN_CUDA_CHECK(cudaGetDevice(&device));
+  FSATTN_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  return sms;
 }
 
 // All gradients by one kernel, whose CTAs take turns in adding to dQ.
@@ -63,8 +70,11 @@ void launch_dense_attn_fused(const AttnBwdTensors& tensors, const device::KeySet
                                     static_cast<size_t>(buffers.num_turns) * sizeof(int), stream));
   if (keys.total_keys > 0) {
     const AttnShape& shape = tensors.shape;
+    const int64_t tiles = keys.total_keys / std::max<int64_t>(1, packing.batch) / Traits::kTileKv;
+    const KeyTileOrder order =
+        key_tile_order(keys.band.reach == device::Band::kUnlimited, tiles, num_sms());
     launch_key_tiles<Traits>(dense_attn_bwd_sm90_kernel<Traits>, tensors, keys, buffers, stream,
-                             make_query_map(tensors, tensors.q, shape.head_dim),
+                             order, make_query_map(tensors, tensors.q, shape.head_dim),
                              make_query_map(tensors, tensors.dout, shape.head_dim_v));
   }
   // Shared sums are selected attention's to round.

@@ -1,7 +1,7 @@
 // What the roles of dense_attn_bwd_sm90.cuh share, and the roles that move data: queries to shared
 // memory, sums of dQ to global memory.
 #pragma once
-#include "cuda/dense_attn/dense_attn_bwd_dkv_sm80.cuh"
+#include "cuda/dense_attn/dense_attn_bwd_order_sm90.cuh"
 #include "cuda/device/bulk_sm90.cuh"
 #include "cuda/device/panels_sm90.cuh"
 #include "cuda/device/tma_sm90.cuh"
@@ -31,10 +31,9 @@ struct DenseBwdSm90Traits {
   static_assert(kTileQ == kTurnQueries);
 };
 
-inline constexpr int kFewHeads = 8;
-
 // What a CTA computes, and what each half of its keys has to do with it.
 struct HalvedTileWork : KeyTileWork {
+  QueryWalk walk;
   int first_end;     // tiles of queries up to this one see some key of the first half,
   int second_begin;  // those from this one on some of the second
   int full[2][2];    // the first and the last query that see all keys of a half
@@ -44,6 +43,15 @@ struct HalvedTileWork : KeyTileWork {
     return half == 0 ? tile <= first_end : tile >= second_begin;
   }
 };
+
+__device__ __forceinline__ Step first_step(const HalvedTileWork& work) {
+  return {work.first_head, work.walk.first};
+}
+
+__device__ __forceinline__ Step next_step(const HalvedTileWork& work, Step at) {
+  const bool wraps = at.index == work.walk.last;
+  return {wraps ? at.head + 1 : at.head, wraps ? work.walk.first : at.index + work.walk.step};
+}
 
 template <class Traits>
 __device__ __forceinline__ void find_halves(HalvedTileWork& work, const device::Band& band) {
@@ -153,13 +161,12 @@ template <class Traits>
 __device__ __forceinline__ void produce_queries(const DenseBwdSm90Smem<Traits>& smem,
                                                 const AttnBwdTensors& p, const CUtensorMap* q_map,
                                                 const CUtensorMap* dout_map, const float* deltas,
-                                                const KeyTileWork& work) {
+                                                const HalvedTileWork& work) {
   using namespace device;
   const int lane = threadIdx.x % kWarpSize;
   uint32_t tail_parity = 0;
   int n = 0;
-  for (Step at{work.first_head, work.last_query / Traits::kTileQ}; at.head <= work.last_head;
-       at = next_step(work, at, Traits::kTileQ), ++n) {
+  for (Step at = first_step(work); at.head <= work.last_head; at = next_step(work, at), ++n) {
     const int stage = n % Traits::kStages, first = at.index * Traits::kTileQ;
     const int rows = work.num_queries - first;
     // The consumers have left the tiles that were here before; passes at once in the first round.
@@ -206,11 +213,10 @@ __device__ __forceinline__ void add_query_gradients(const DenseBwdSm90Smem<Trait
                                                     const AttnBwdTensors& p,
                                                     const device::Band& band,
                                                     const DenseBwdBuffers& buffers,
-                                                    const KeyTileWork& work) {
+                                                    const HalvedTileWork& work) {
   using namespace device;
   int patience = 1 << 22, n = 0;
-  for (Step at{work.first_head, work.last_query / Traits::kTileQ}; at.head <= work.last_head;
-       at = next_step(work, at, Traits::kTileQ), ++n) {
+  for (Step at = first_step(work); at.head <= work.last_head; at = next_step(work, at), ++n) {
     if (n % 2 != static_cast<int>(threadIdx.x / kWarpSize % 2)) continue;
     const int first = at.index * Traits::kTileQ;
     const int rows = min(work.num_queries - first, Traits::kTileQ);

@@ -13,7 +13,8 @@
 //          keys no query of a step sees passes it over.
 // Order    the CTAs that see the same queries add to their dQ in the order of their keys, each when
 //          the one before has announced that it is done: the result does not depend on timing. Work
-//          is numbered in the order in which CTAs start, so that a CTA waits for running ones alone.
+//          is numbered in the order in which CTAs start, so that a CTA waits for running ones alone
+//          (dense_attn_bwd_order_sm90.cuh).
 // Memory   K and V 64 KB, three stages of Q and dO 96 KB, two of dS 32 KB, dQ 32 KB: one CTA an SM.
 // Regs     dK 64, dV 64, S or dP 32, P and dS 32: 208 a thread of the keys. dQ 32: 64.
 // Bound    tensor cores: 1280 FLOP a (query, key) at head_dim 128.
@@ -101,8 +102,7 @@ __device__ __forceinline__ void consume_scores(const DenseBwdSm90Smem<Traits>& s
   using namespace device;
   const int lane = threadIdx.x % kWarpSize;
   int n = 0;
-  for (Step at{work.first_head, work.last_query / Traits::kTileQ}; at.head <= work.last_head;
-       at = next_step(work, at, Traits::kTileQ), ++n) {
+  for (Step at = first_step(work); at.head <= work.last_head; at = next_step(work, at), ++n) {
     const bool first = work.sees(0, at.index), second = work.sees(1, at.index);
     mbarrier_wait(smem.scores_full(n), n / 2 & 1);
 #pragma unroll
@@ -183,8 +183,7 @@ __device__ __forceinline__ void consume_queries(const DenseBwdSm90Smem<Traits>& 
   using Element = typename Traits::Element;
   const int lane = threadIdx.x % kWarpSize, group = threadIdx.x / 128;
   int n = 0;
-  for (Step at{work.first_head, work.last_query / Traits::kTileQ}; at.head <= work.last_head;
-       at = next_step(work, at, Traits::kTileQ), ++n) {
+  for (Step at = first_step(work); at.head <= work.last_head; at = next_step(work, at), ++n) {
     if (!work.sees(reread_thread_index() / 128, at.index)) {
       skip_step(smem, n, lane);
       continue;
@@ -312,6 +311,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     dense_attn_bwd_sm90_kernel(const __grid_constant__ AttnBwdTensors p,
                                const __grid_constant__ device::KeySet keys,
                                const __grid_constant__ DenseBwdBuffers buffers,
+                               const __grid_constant__ KeyTileOrder order,
                                const __grid_constant__ CUtensorMap q_map,
                                const __grid_constant__ CUtensorMap dout_map) {
   using namespace device;
@@ -319,10 +319,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   __shared__ HalvedTileWork work;
   const DenseBwdSm90Smem<Traits> smem{memory, smem_address(memory)};
   if (threadIdx.x == 0) {
-    // Compressed keys: many tiles of a few heads at a time, so that dQ is added to in L2.
-    const int width = keys.band.reach == Band::kUnlimited ? kFewHeads : kAllHeads;
+    const int parts = static_cast<int>(p.shape.num_heads_kv) * buffers.splits;
+    const KeyTileIndex index = find_key_tile_index(
+        atomicAdd(buffers.turns, 1), static_cast<int>(gridDim.x) / parts, parts, order);
     static_cast<KeyTileWork&>(work) =
-        find_key_tile<Traits::kTileKv>(p, keys, buffers.splits, atomicAdd(buffers.turns, 1), width);
+        find_key_tile<Traits::kTileKv>(p, keys, buffers.splits, index);
+    work.walk = find_walk(work, index.part, keys.band.reach == Band::kUnlimited, Traits::kTileKv,
+                          Traits::kTileQ);
     find_halves<Traits>(work, keys.band);
     init_barriers(smem);
   }
