@@ -124,10 +124,21 @@ struct PagedGatherParams {
   int32_t* q_offset;  // [batch]: cache_seqlens, 0 for negative ones
 };
 
+// How attention goes on behind the compressed branch: by a cluster of `ctas` CTAs a query, wide ones of
+// 512 threads; 0: by several kernels.
+struct DecodeFinish {
+  int ctas = 0;
+  bool is_wide = false;
+
+  bool operator==(const DecodeFinish&) const = default;
+};
+
 // What the plan fixes for the fused kernels.
 struct PagedTuning {
-  int64_t cmp_split;  // attention: compressed keys a split
+  int64_t cmp_split;  // attention: compressed keys a split,
+  int64_t cmp_long;   // twice as many in sequences of so many compressed keys
   bool has_chunks;    // append: sequences may have any number of new tokens
+  DecodeFinish finish;
 };
 
 // PagedWrite, compression and PagedScatter in one.

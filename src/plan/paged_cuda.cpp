@@ -37,6 +37,19 @@ const char* refuse_decode(const PagedProblem& p, const DeviceInfo& device, int r
   return nullptr;
 }
 
+// What is faster for the shape of the call; the last bits of the results depend on it.
+void tune_for_shape(PagedTuning& tuning, const PagedProblem& p, const DeviceInfo& device, int row) {
+  const int64_t units = p.batch * p.num_heads_kv, rows = p.max_q * p.group_size();
+  tuning.cmp_long = choose_cmp_long(units, ceil_div(rows, kDecodeRows), device.num_sms);
+  if (device.compute_capability < 90) return;  // no clusters
+  const DecodeConfig& config = kDecodeTable[static_cast<size_t>(row)];
+  tuning.finish =
+      choose_finish({units * p.max_q, p.group_size(), ceil_div(p.max_k, p.block_size), p.block_size,
+                     p.topk, p.window_size, p.kernel_size, p.kernel_stride},
+                    can_finish_wide(config), device.num_sms);
+  if (decode_finish_smem(config, tuning.finish.is_wide) > device.smem_per_cta) tuning.finish = {};
+}
+
 PagedChoice choose_decode(const PagedProblem& p, const DeviceInfo& device) {
   PagedChoice choice;
   const int row = find_decode_row(p.dtype, p.head_dim, p.head_dim_v);
@@ -49,7 +62,12 @@ PagedChoice choose_decode(const PagedProblem& p, const DeviceInfo& device) {
   const int64_t max_blocks = is_nsa ? ceil_div(p.max_k, p.block_size) : 0;
   choice.row = row;
   choice.tuning.cmp_split = kDecodeSplit;
-  const DecodeSplits splits = splits_of(p);
+  choice.tuning.cmp_long = kDecodeNeverLong;
+  DecodeSplits splits = splits_of(p);
+  if (is_nsa && !p.batch_invariant) tune_for_shape(choice.tuning, p, device, row);
+  if (choice.tuning.finish.ctas > 0) {
+    splits = decode_finish_splits(splits, choice.tuning.finish.ctas);
+  }
   choice.scratch_bytes =
       static_cast<size_t>(decode_scratch(p.batch * p.num_heads_kv, p.max_q, p.group_size(),
                                          p.head_dim_v, max_cmp, max_blocks, splits, is_nsa)

@@ -1,12 +1,15 @@
 // Compiled kernels over a paged cache and the memory that the fused ones share. Measurements:
 // docs/kernels/decode.md.
 #pragma once
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "base/dtype.h"
 #include "base/math.h"
+#include "params/paged.h"
 
 namespace fsattn {
 
@@ -75,6 +78,8 @@ constexpr int64_t paged_append_linear_smem(int64_t kernel_size, int64_t head_dim
 // sequence is split depends on its own length alone.
 inline constexpr int64_t kDecodeRows = 16;
 inline constexpr int64_t kDecodeSplit = 512;
+inline constexpr int64_t kDecodeMaxCmpSplit = 2 * kDecodeSplit;
+inline constexpr int64_t kDecodeNeverLong = std::numeric_limits<int32_t>::max();
 inline constexpr int64_t kDecodeMaxTopk = 128;
 inline constexpr int64_t kDecodeMaxGroup = 64;
 inline constexpr int64_t kDecodeMaxParts = 512;  // partial results that are combined at a time
@@ -101,12 +106,67 @@ constexpr int decode_rank_ctas(int64_t max_blocks, int64_t queries, int num_sms)
   return ctas;
 }
 
+inline constexpr int kDecodeRankKeys = 1152;  // windows of a step
+
+// All that follows the compressed branch of a query by one cluster of CTAs: two teams of four warps each.
+inline constexpr int kDecodeFinishTopk = 32;  // entries at most
+
+// Wide CTAs have eight warps a role.
+constexpr bool can_finish_wide(const DecodeConfig& c) { return c.head_dim <= 128; }
+
+struct DecodeFinishShape {
+  int64_t queries;  // of all sequences and KV heads
+  int64_t group_size, max_blocks, block_size, topk, window_size, kernel_size, kernel_stride;
+};
+
+// Whether the shares of a cluster of `ctas` fit its CTAs.
+constexpr bool finish_fits(const DecodeFinishShape& s, int64_t ctas, bool is_wide) {
+  const int64_t blocks = ceil_div(s.max_blocks, ctas * (is_wide ? 2 : 1));
+  const int64_t windows = (blocks * s.block_size + s.kernel_size) / s.kernel_stride + 3;
+  return s.group_size <= kDecodeRows && s.topk <= kDecodeFinishTopk &&
+         blocks <= kDecodeRankBlocks && windows <= kDecodeRankKeys &&
+         ceil_div(s.topk * s.block_size, ctas) <= kDecodeSplit &&
+         ceil_div(s.window_size + 2 * kDecodeRows, ctas) <= kDecodeSplit - kDecodeRows;
+}
+
+// CTAs of a cluster: as many as find room beside each other, since the ranking and the copies of a query are
+// latency. More queries than that, or more blocks than clusters that find room hold, leave it to several
+// kernels (measured: docs/kernels/decode.md).
+constexpr DecodeFinish choose_finish(const DecodeFinishShape& s, bool can_be_wide, int num_sms) {
+  for (int ctas = kDecodeRankCtas; ctas >= 2; ctas /= 2) {
+    if (5 * s.queries * ctas <= 9 * num_sms && finish_fits(s, ctas, false)) return {ctas, false};
+  }
+  const bool is_wide = can_be_wide && 2 * s.queries <= num_sms && finish_fits(s, 2, true);
+  return is_wide ? DecodeFinish{2, true} : DecodeFinish{};
+}
+
+// Sequences of so many compressed keys have splits of twice as many: these are work enough for the CTAs that
+// stay, two an SM, and no CTA needs another one.
+constexpr int64_t choose_cmp_long(int64_t units, int64_t tiles, int num_sms) {
+  if (units * tiles == 0 || num_sms == 0) return kDecodeNeverLong;
+  return kDecodeMaxCmpSplit * (ceil_div<int64_t>(9 * num_sms / 5, units * tiles) - 1) + 1;
+}
+
 // Shared memory of a CTA: 16 queries, those of the next work item, and for each of four warps a
 // ring of chunks of 16 keys.
 inline constexpr int kDecodeStages = 2;
 constexpr size_t decode_smem(const DecodeConfig& c) {
   return static_cast<size_t>(kDecodeRows * 2 *
                              (2 * c.head_dim + 4 * kDecodeStages * (c.head_dim + c.head_dim_v)));
+}
+
+// The cluster behind the compressed branch: 16 queries, the rings of four or eight warps, and one place for
+// scores of blocks and then for results; beside these, lists and the pages of the sequence.
+inline constexpr int kDecodeFinishPages = 2048;  // more are looked up in the block table itself
+constexpr size_t decode_finish_rank_bytes(bool is_wide) {
+  return static_cast<size_t>((is_wide ? 2 : 1) * (kDecodeRankKeys + kDecodeRankBlocks) + 4) * 4;
+}
+constexpr size_t decode_finish_smem(const DecodeConfig& c, bool is_wide) {
+  const size_t ring = decode_smem(c) - static_cast<size_t>(2 * 2 * kDecodeRows * c.head_dim);
+  const size_t result = static_cast<size_t>(4 * kDecodeRows * c.head_dim_v);
+  constexpr size_t kBeside = 8192 + kDecodeFinishPages * 4;
+  return static_cast<size_t>(2 * kDecodeRows * c.head_dim) + ring * (is_wide ? 2 : 1) +
+         std::max(result, decode_finish_rank_bytes(is_wide)) + kBeside;
 }
 
 // The selection keeps the windows of a step and the scores of all blocks in shared memory.
@@ -138,6 +198,13 @@ constexpr DecodeSplits decode_splits(int64_t max_cmp, int64_t cmp_split, int64_t
   s.win = ceil_div(reach, int64_t{288});
   s.win_keys = round_up(ceil_div(reach, s.win), int64_t{16});
   return s;
+}
+
+// Where a cluster does all that follows the compressed branch: only its window goes through memory.
+constexpr DecodeSplits decode_finish_splits(DecodeSplits splits, int64_t ctas) {
+  splits.sel = 0;
+  splits.win = ctas;
+  return splits;
 }
 
 // Scratch memory of a fused call. Offsets count bytes. A unit is a (sequence, KV head); its rows

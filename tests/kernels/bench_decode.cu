@@ -1,5 +1,6 @@
 // Time of one layer of decoding inside a CUDA graph: bench_decode [config ...] (all without arguments).
-// Each graph runs several layers, each with a cache of its own, so that no layer finds its keys in L2.
+// Each graph runs several layers, each with a cache of its own, so that no layer finds its keys in L2. The plan
+// decides between the kernels; FINISH=0, 8 or 2w asks for several kernels, clusters of 8 or wide ones of 2.
 #include <cuda_bf16.h>
 
 #include <algorithm>
@@ -10,9 +11,11 @@
 #include <random>
 #include <vector>
 
+#include "base/device.h"
 #include "cuda/decode/decode.h"
 #include "kernels/dense_attn_case.h"
 #include "kernels/skip.h"
+#include "plan/paged_cuda.h"
 
 namespace fsattn::test {
 namespace {
@@ -31,6 +34,10 @@ constexpr Config kConfigs[] = {
     {"b1-1m-32/8",   1,   1 << 20, 32, 8, 2 },
     {"b1-1m-64/4",   1,   1 << 20, 64, 4, 3 },
     {"b128-8k-32/8", 128, 8192,    32, 8, 3 },
+    {"b4-64k-32/8",  4,   65536,   32, 8, 6 },
+    {"b16-8k-64/4",  16,  8192,    64, 4, 12},
+    {"b1-32k-64/4",  1,   32768,   64, 4, 16},
+    {"b2-128k-32/8", 2,   131072,  32, 8, 5 },
 };
 constexpr int kDim = 128, kPage = 64, kSize = 32, kStride = 16, kBlock = 64, kTopk = 16,
               kWindow = 512;
@@ -76,6 +83,30 @@ struct Store {
   }
 };
 
+PagedTuning choose_tuning(const Config& c, const PagedAttnParams& p) {
+  PagedProblem problem;
+  problem.op = PagedOp::kAttn;
+  problem.device = {DeviceType::kCuda, 0};
+  problem.dtype = DType::kBFloat16;
+  problem.batch = problem.total_q = c.batch;
+  problem.max_q = problem.max_seqlen_q = 1;
+  problem.max_k = c.context;
+  problem.num_heads_q = c.heads_q;
+  problem.num_heads_kv = c.heads_kv;
+  problem.head_dim = problem.head_dim_v = kDim;
+  problem.page_size = problem.cmp_page_size = kPage;
+  problem.kernel_size = p.kernel_size;
+  problem.kernel_stride = p.kernel_stride;
+  problem.block_size = p.block_size;
+  problem.topk = p.topk;
+  problem.window_size = p.window_size;
+  PagedTuning tuning = choose_paged_fused(problem, query_device(problem.device)).tuning;
+  if (const char* finish = std::getenv("FINISH")) {
+    tuning.finish = {std::atoi(finish), std::strchr(finish, 'w') != nullptr};
+  }
+  return tuning;
+}
+
 void run(const Config& c) {
   const int64_t max_cmp = num_windows(c.context, kSize, kStride);
   std::vector<Store> caches, cmps;
@@ -104,9 +135,9 @@ void run(const Config& c) {
   p.window_size = kWindow;
   p.topk_idx = topk.data;
   p.o = {o.data, c.heads_q * kDim, kDim};
-  p.tuning.cmp_split = kDecodeSplit;
-  if (const char* split = std::getenv("CMP_SPLIT")) p.tuning.cmp_split = std::atoi(split);
-  const DecodeSplits splits = decode_splits(max_cmp, p.tuning.cmp_split, kBlock, kTopk, kWindow);
+  p.tuning = choose_tuning(c, p);
+  DecodeSplits splits = decode_splits(max_cmp, p.tuning.cmp_split, kBlock, kTopk, kWindow);
+  if (p.tuning.finish.ctas > 0) splits = decode_finish_splits(splits, p.tuning.finish.ctas);
   const DeviceArray<char> scratch(
       size_t(decode_scratch(int64_t{c.batch} * c.heads_kv, 1, c.heads_q / c.heads_kv, kDim, max_cmp,
                             c.context / kBlock, splits, true)

@@ -7,6 +7,13 @@
 #include "kernels/paged_case.h"
 
 namespace fsattn::test {
+// Clusters of CTAs.
+inline bool has_clusters() {
+  int major = 0;
+  FSATTN_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  return major >= 9;
+}
+
 // A call of native sparse attention on the device.
 struct Call {
   const PagedShapeCase& s;
@@ -19,6 +26,7 @@ struct Call {
   DeviceArray<int32_t> dev_cu, dev_len, dev_topk;
   DeviceArray<float> dev_lse;
   DeviceArray<char> scratch;
+  PagedTuning tuning;
 
   static std::vector<int> all_totals(const PagedShapeCase& s) {
     std::vector<int> x;
@@ -53,7 +61,16 @@ struct Call {
     dev_topk = DeviceArray<int32_t>(size_t(c.heads_kv * total_q() * c.topk));
     dev_cu = DeviceArray<int32_t>(cu);
     dev_len = DeviceArray<int32_t>(std::vector<int32_t>(c.len.begin(), c.len.end()));
+    tuning.cmp_split = kDecodeSplit;
+    tuning.cmp_long = kDecodeNeverLong;
   }
+  bool fits(const DecodeFinish& finish) const {
+    const int64_t blocks = (max_k + s.block - 1) / s.block;
+    return finish_fits({1, s.group, blocks, s.block, s.topk, s.window, s.size, s.stride},
+                       finish.ctas, finish.is_wide) &&
+           (!finish.is_wide || can_finish_wide(kDecodeTable[size_t(row())]));
+  }
+  int row() const { return find_decode_row(s.dtype, s.dim, s.dim_v); }
   int64_t total_q() const { return cu.back(); }
   int64_t heads_q() const { return s.heads_kv * s.group; }
   double scale() const { return 1.0 / std::sqrt(double(s.dim)); }
@@ -107,13 +124,15 @@ struct Call {
     p.score_dtype = s.score_dtype;
     p.topk_idx = dev_topk.data;
     p.o = rows(dev_o, s.dim_v);
-    p.tuning.cmp_split = kDecodeSplit;
+    p.tuning = tuning;
     const int64_t max_cmp = num_windows(max_k, s.size, s.stride);
-    need_scratch(decode_splits(max_cmp, kDecodeSplit, s.block, s.topk, s.window), max_cmp, true);
+    DecodeSplits splits = decode_splits(max_cmp, kDecodeSplit, s.block, s.topk, s.window);
+    if (tuning.finish.ctas > 0) splits = decode_finish_splits(splits, tuning.finish.ctas);
+    need_scratch(splits, max_cmp, true);
     p.scratch = {scratch.data, scratch.size};
     dev_o.poison();
     dev_topk.poison();
-    launch_paged_attn(find_decode_row(s.dtype, s.dim, s.dim_v), p, nullptr);
+    launch_paged_attn(row(), p, nullptr);
     FSATTN_CUDA_CHECK(cudaDeviceSynchronize());
   }
 

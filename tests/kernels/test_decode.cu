@@ -8,11 +8,11 @@ namespace {
 
 using Case = PagedShapeCase;
 
-void check(const char* name, const Case& s) {
-  Call call(s);
+void check_call(const char* name, Call& call) {
   call.run_attn();
   const Errors e = check_attn(call);
-  std::printf("  %-28s worst error %.2f of the tolerance\n", name, e.worst);
+  std::printf("  %-28s %d%s: worst error %.2f of the tolerance\n", name, call.tuning.finish.ctas,
+              call.tuning.finish.is_wide ? " wide" : "", e.worst);
   EXPECT_EQ(e.output, 0);
   EXPECT_EQ(e.selection, 0);
   const auto first = call.dev_o.download();
@@ -22,6 +22,27 @@ void check(const char* name, const Case& s) {
   EXPECT_TRUE(chosen == call.dev_topk.download());
 }
 
+// Several kernels behind the compressed branch, and the clusters that hold the case.
+constexpr DecodeFinish kFinishes[] = {
+    {0, false},
+    {2, true },
+    {8, false},
+    {4, false},
+    {2, false},
+    {8, true }
+};
+
+// By several kernels, and by the first `clusters` kinds of clusters that fit.
+void check(const char* name, const Case& s, int clusters = 1) {
+  Call call(s);
+  for (const DecodeFinish& finish : kFinishes) {
+    if (finish.ctas > 0 && (clusters == 0 || !has_clusters() || !call.fits(finish))) continue;
+    if (finish.ctas > 0) --clusters;
+    call.tuning.finish = finish;
+    check_call(name, call);
+  }
+}
+
 Case ragged() {
   Case s;
   s.len = {0, 1, 31, 32, 63, 64, 700, 2999, 9000};
@@ -29,7 +50,22 @@ Case ragged() {
   return s;
 }
 
-TEST(ragged_batch) { check("ragged batch", ragged()); }
+TEST(ragged_batch) { check("ragged batch", ragged(), 5); }
+
+// Long sequences of a batch have larger splits.
+TEST(long_splits) {
+  Case s = ragged();
+  s.size = 8, s.stride = 4, s.block = 16, s.page = 16;
+  s.len = {9000, 3000, 6000, 50};
+  s.new_q = {1, 1, 2, 1};
+  Call call(s);
+  call.tuning.cmp_long = 1000;
+  check_call("splits of 512 and 1024", call);
+  if (!has_clusters()) return;
+  call.tuning.finish = {8, false};
+  EXPECT_TRUE(call.fits(call.tuning.finish));
+  check_call("splits of 512 and 1024", call);
+}
 
 TEST(hnd_large_pages) {
   Case s = ragged();

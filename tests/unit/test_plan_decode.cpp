@@ -13,7 +13,13 @@ DeviceInfo cuda_with(Arch arch, size_t smem_per_cta) {
   device.smem_per_cta = smem_per_cta;
   return device;
 }
-const DeviceInfo kH200 = cuda_with(Arch::kSm90a, 227 * 1024);
+DeviceInfo h200() {
+  DeviceInfo device = cuda_with(Arch::kSm90a, 227 * 1024);
+  device.compute_capability = 90;
+  device.num_sms = 132;
+  return device;
+}
+const DeviceInfo kH200 = h200();
 const DeviceInfo kRtx = cuda_with(Arch::kSm80, 99 * 1024);
 
 // One token a sequence, 64K tokens of context.
@@ -55,14 +61,56 @@ TEST(the_first_row_that_fits_serves) {
   EXPECT_EQ(choose_paged_fused(llama(PagedOp::kAppend), kH200).row, 0);
 }
 
-// Splits are constants: results do not depend on the batch or on the bounds.
+// Asked for, splits are constants: results do not depend on the batch or on the bounds.
 TEST(splits_do_not_depend_on_the_batch) {
   PagedProblem p = llama(PagedOp::kAttn);
-  const PagedChoice one = choose_paged_fused(p, kH200);
-  p.batch = p.total_q = 1;
-  p.max_k = 1 << 20;
   p.batch_invariant = true;
-  EXPECT_EQ(choose_paged_fused(p, kH200).tuning.cmp_split, one.tuning.cmp_split);
+  for (const int64_t max_k : {1 << 16, 1 << 20}) {
+    p.max_k = max_k;
+    for (const int64_t batch : {1, 8, 16}) {
+      p.batch = p.total_q = batch;
+      const PagedTuning tuning = choose_paged_fused(p, kH200).tuning;
+      EXPECT_EQ(tuning.cmp_split, kDecodeSplit);
+      EXPECT_EQ(tuning.cmp_long, kDecodeNeverLong);
+      EXPECT_EQ(tuning.finish.ctas, 0);
+    }
+  }
+}
+
+DecodeFinish finish_of(int64_t batch, int64_t context, int64_t heads_q, int64_t heads_kv) {
+  PagedProblem p = llama(PagedOp::kAttn);
+  p.batch = p.total_q = batch;
+  p.max_k = context;
+  p.num_heads_q = heads_q;
+  p.num_heads_kv = heads_kv;
+  return choose_paged_fused(p, kH200).tuning.finish;
+}
+
+TEST(clusters_follow_the_compressed_branch_while_they_find_room) {
+  const DecodeFinish none{}, wide{2, true};
+  EXPECT_TRUE(finish_of(1, 131072, 32, 8) == DecodeFinish(8, false));
+  EXPECT_TRUE(finish_of(4, 65536, 32, 8) == DecodeFinish(4, false));
+  EXPECT_TRUE(finish_of(16, 65536, 64, 4) == wide);
+  EXPECT_TRUE(finish_of(16, 65536, 32, 8) == none);   // 128 queries
+  EXPECT_TRUE(finish_of(1, 1 << 20, 32, 8) == none);  // more blocks than a cluster ranks
+  EXPECT_TRUE(finish_of(1, 131072, 32, 1) == none);   // two tiles of rows a query
+}
+
+TEST(splits_are_large_where_they_fill_the_device) {
+  EXPECT_EQ(choose_cmp_long(64, 1, 132), 3 * 1024 + 1);  // 256 splits of 4095 keys
+  EXPECT_EQ(choose_cmp_long(237, 1, 132), 1);
+  EXPECT_EQ(choose_cmp_long(8, 1, 132), 29 * 1024 + 1);
+  EXPECT_EQ(choose_paged_fused(llama(PagedOp::kAttn), kH200).tuning.cmp_long, 1025);
+}
+
+TEST(a_cluster_keeps_its_window_in_memory) {
+  PagedProblem p = llama(PagedOp::kAttn);
+  p.num_heads_q = 64;
+  p.num_heads_kv = 4;
+  const size_t rows = 64 * 16;
+  // 8 splits of 512 keys at most; nothing, and two results of the window.
+  EXPECT_EQ(choose_paged_fused(p, kH200).scratch_bytes,
+            rows * (4096 + 8 * 129 + 3 * 129) * 4 + 64 * 4);
 }
 
 // 128 units of 4 rows; 4095 windows in 8 splits; 1 + 2 + 4 partial results a row.

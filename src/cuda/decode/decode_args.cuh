@@ -25,7 +25,8 @@ struct DecodeArgs {
   float softmax_scale;
   int max_blocks;  // of a sequence
   int block_size, topk, init_blocks, local_blocks, window_size;
-  int cmp_split, cmp_splits;
+  int cmp_split, cmp_splits;  // keys of a split; splits that there is memory for
+  int cmp_long;               // compressed keys of a sequence whose splits are twice as large
   int sel_entries, sel_splits, win_keys, win_splits, parts;
   bool is_nsa;  // false: the selected branch alone
   bool has_sigmoid, rounds_to_bf16;
@@ -50,6 +51,15 @@ __device__ __forceinline__ int num_cmp_keys(const DecodeArgs& p, int num_keys) {
   if (!p.is_nsa) return 0;
   const int64_t windows = p.cmp_band.last_key(num_keys - 1) + 1;
   return static_cast<int>(min(windows, p.cmp.table.capacity()));
+}
+
+// Compressed keys a split: the sequence's own length decides.
+__device__ __forceinline__ int cmp_split(const DecodeArgs& p, int num_cmp) {
+  return num_cmp >= p.cmp_long ? 2 * p.cmp_split : p.cmp_split;
+}
+
+__device__ __forceinline__ int num_cmp_splits(const DecodeArgs& p, int num_cmp) {
+  return ceil_div(num_cmp, cmp_split(p, num_cmp));
 }
 
 __device__ __forceinline__ DecodeSequence find_sequence(const DecodeArgs& p, int seq) {

@@ -31,6 +31,7 @@ struct DecodeTraits {
   static_assert(kSmemBytes == static_cast<int>(decode_smem(kConfig)));
   // A warp leaves its fp32 result in one stage of its ring.
   static_assert(kDecodeRows * kDimV * 4 <= kStageBytes);
+  static constexpr bool kIsNarrow = false;
   static constexpr int kFragments =
       kDimV <= 128 ? 4 : 1;  // brought at a time: what the registers hold
   static constexpr int kMinCtas = kSmemBytes <= 112 * 1024 ? 2 : 1;
@@ -152,7 +153,7 @@ template <class Traits>
 __device__ __forceinline__ void start_chunks(const PagedHead<typename Traits::Element>& head,
                                              const KeyChunk* chunks, int num_chunks,
                                              const ChunkRing<Traits>& ring, uint64_t policy) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int thread = reread_thread_index(), lane = thread % kWarpSize, warp = thread / kWarpSize;
 #pragma unroll
   for (int i = 0; i < Traits::kStages - 1; ++i) {
     const int c = warp + i * Traits::kWarps, at = ring.slot + i;
@@ -235,7 +236,7 @@ __device__ __forceinline__ void attend(DecodeResult<Traits>& result,
                                        const OnScores& on_scores) {
   using Element = typename Traits::Element;
   constexpr int kStages = Traits::kStages;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int thread = reread_thread_index(), lane = thread % kWarpSize, warp = thread / kWarpSize;
   OnlineSoftmax<Element, 1> softmax;
   softmax.init();
 #pragma unroll
@@ -243,14 +244,15 @@ __device__ __forceinline__ void attend(DecodeResult<Traits>& result,
 #pragma unroll
     for (int e = 0; e < 4; ++e) result.o[0][n][e] = 0.f;
   }
+  // The stage that start_chunks() left to the results of the list before.
+  constexpr int kLast = (kStages - 1) * Traits::kWarps;
+  if (warp + kLast < num_chunks) {
+    load_chunk<Traits>(head, chunks[warp + kLast], ring.stage(ring.next), lane, policy);
+  }
+  cp_async_commit();
   for (int c = warp; c < num_chunks; c += Traits::kWarps) {
-    cp_async_wait<kStages - 2>();
-    __syncwarp();  // the chunk has landed, and no lane reads the one before
-    const int ahead = c + (kStages - 1) * Traits::kWarps;
-    if (ahead < num_chunks) {
-      load_chunk<Traits>(head, chunks[ahead], ring.stage(ring.next), lane, policy);
-    }
-    cp_async_commit();
+    cp_async_wait<kStages - 1>();
+    __syncwarp();  // the chunk has landed
     const uint32_t k_tile = ring.stage(ring.slot);
     float s[1][2][4] = {};
     multiply_queries<Traits>(s[0], q_tile, k_tile, lane);
@@ -267,6 +269,14 @@ __device__ __forceinline__ void attend(DecodeResult<Traits>& result,
     uint32_t prob[1][2][2];
     softmax.step(s, prob, result.o, scale_log2);
     multiply_values<Traits>(result.o[0], prob[0], k_tile + Traits::kKBytes, lane);
+    __syncwarp();  // no lane reads the chunk any more
+    const int ahead = c + kStages * Traits::kWarps;
+    if (ahead < num_chunks) {
+      // Where registers are short, addresses are made anew.
+      load_chunk<Traits>(head, chunks[ahead], k_tile,
+                         Traits::kIsNarrow ? reread_thread_index() % kWarpSize : lane, policy);
+    }
+    cp_async_commit();
     ring.advance();
   }
   softmax.finish(result.o, result.lse);
@@ -285,10 +295,10 @@ struct PartialRows {
   int64_t o_stride, lse_stride;
 };
 
-// Where the four warps leave their results for each other.
+// Where up to eight warps leave their results for each other.
 struct WarpResults {
-  float lse[4][kDecodeRows];
-  uint32_t o[4];  // addresses in shared memory
+  float lse[8][kDecodeRows];
+  uint32_t o[8];  // addresses in shared memory
 };
 
 // Element (row, col) of a result; rows are swizzled over the banks.
@@ -301,7 +311,8 @@ __device__ __forceinline__ uint32_t result_offset(int row, int col) {
 template <class Traits>
 __device__ __forceinline__ void leave_result(const DecodeResult<Traits>& result,
                                              const ChunkRing<Traits>& ring, WarpResults& results) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int thread = reread_thread_index();  // addresses are not kept over the loop
+  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
   const uint32_t stage = ring.stage(ring.next);
   __syncwarp();  // the lanes have read their last chunk
 #pragma unroll
@@ -320,40 +331,80 @@ __device__ __forceinline__ void leave_result(const DecodeResult<Traits>& result,
   if (lane == 0) results.o[warp] = stage;
 }
 
-// Combines what the four warps left. The threads of these warps call it after a barrier.
+// Adds up what the warps left: write(row, quad, sum, lse) of all rows and columns. The threads of
+// these warps call it after a barrier. kItems sums at a time: each is a chain of short steps.
+template <class Traits, int kItems, class Write>
+__device__ __forceinline__ void add_results_of(const WarpResults& results, int num_rows,
+                                               const Write& write) {
+  constexpr int kQuads = Traits::kDimV / 4, kApart = Traits::kThreads / kQuads;
+  constexpr int kWarps = Traits::kWarps;
+  static_assert(Traits::kThreads % kQuads == 0);
+  const int first = threadIdx.x / kQuads, quad = threadIdx.x % kQuads;
+#pragma unroll 1
+  for (int row = first; row < num_rows; row += kItems * kApart) {
+    uint4 x[kItems][kWarps];
+    float weight[kItems][kWarps], lse[kItems];
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const int at = min(row + k * kApart, static_cast<int>(kDecodeRows) - 1);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        weight[k][w] = results.lse[w][at];
+        x[k][w] = load_shared_u128(results.o[w] + result_offset<Traits>(at, quad * 4));
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      float top = weight[k][0], total = 0.f;
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) top = fmaxf(top, weight[k][w]);
+      const float shift = top == -INFINITY ? 0.f : top * kLog2E;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        weight[k][w] = exp2_approx(fmaf(weight[k][w], kLog2E, -shift));
+        total += weight[k][w];
+      }
+      lse[k] = top == -INFINITY ? top : top + log2_approx(total) * kLn2;
+      // Normalised before the sum, which then cannot leave the range of its terms.
+      const float inverse = total == 0.f ? 0.f : __fdividef(1.f, total);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) weight[k][w] *= inverse;
+    }
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (row + k * kApart >= num_rows) break;
+      float4 sum{};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        add_scaled(sum, weight[k][w],
+                   {__uint_as_float(x[k][w].x), __uint_as_float(x[k][w].y),
+                    __uint_as_float(x[k][w].z), __uint_as_float(x[k][w].w)});
+      }
+      write(row + k * kApart, quad, sum, lse[k]);
+    }
+  }
+}
+
+template <class Traits, class Write>
+__device__ __forceinline__ void add_results(const WarpResults& results, int num_rows,
+                                            const Write& write) {
+  if (num_rows <= Traits::kThreads * 4 / Traits::kDimV) {
+    add_results_of<Traits, 1>(results, num_rows, write);
+  } else {
+    add_results_of<Traits, 16 / Traits::kWarps>(results, num_rows, write);
+  }
+}
+
+// Leaves the sum in memory.
 template <class Traits>
 __device__ __forceinline__ void combine_results(const WarpResults& results, const PartialRows& out,
                                                 int num_rows, int dim_v) {
-  constexpr int kQuads = Traits::kDimV / 4;
-  for (int i = threadIdx.x; i < num_rows * kQuads; i += Traits::kThreads) {
-    const int row = i / kQuads, col = i % kQuads * 4;
-    if (col >= dim_v) continue;
-    float top = results.lse[0][row];
-#pragma unroll
-    for (int w = 1; w < Traits::kWarps; ++w) top = fmaxf(top, results.lse[w][row]);
-    float weight[Traits::kWarps], total = 0.f;
-#pragma unroll
-    for (int w = 0; w < Traits::kWarps; ++w) {
-      weight[w] = top == -INFINITY ? 0.f : exp2_approx((results.lse[w][row] - top) * kLog2E);
-      total += weight[w];
+  add_results<Traits>(results, num_rows, [&](int row, int quad, const float4& sum, float lse) {
+    if (quad * 4 < dim_v) {
+      *reinterpret_cast<float4*>(out.o + row * out.o_stride + quad * 4) = sum;
     }
-    if (top != -INFINITY) {
-      float4 sum{};
-#pragma unroll
-      for (int w = 0; w < Traits::kWarps; ++w) {
-        // Normalised before the sum, which then cannot leave the range of its terms.
-        const uint4 x = load_shared_u128(results.o[w] + result_offset<Traits>(row, col));
-        add_scaled(sum, weight[w] / total,
-                   {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z),
-                    __uint_as_float(x.w)});
-      }
-      *reinterpret_cast<float4*>(out.o + row * out.o_stride + col) = sum;
-    }
-    if (col == 0) {
-      out.lse[row * out.lse_stride] =
-          top == -INFINITY ? -INFINITY : top + log2_approx(total) * kLn2;
-    }
-  }
+    if (quad == 0) out.lse[row * out.lse_stride] = lse;
+  });
 }
 
 }  // namespace device

@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas == 2 ? 3 : 
   const int last_query = (tile.row + tile.num_rows - 1) / p.group;
 
   if (is_early && part == 0) {
-    combine_compressed<Traits>(p, tile, ceil_div(s.num_cmp, p.cmp_split), weights);
+    combine_compressed<Traits>(p, tile, num_cmp_splits(p, s.num_cmp), weights);
   } else {
     KeyInterval seen[2];
     load_queries<Traits, Traits::kThreads>(p, tile, s.token, q_tile, thread);

@@ -19,31 +19,9 @@
 namespace fsattn {
 namespace device {
 
-// Which item belongs to which sequence: thread t owns the sequences [t * per_thread, ...).
-template <int kThreads>
-struct ItemIndex {
-  int first[kThreads];  // item of the thread's first sequence
-  int warp_sums[kWarpSize];
-  int total;
-};
-
 __device__ __forceinline__ int num_items(const DecodeArgs& p, const DecodeSequence& s) {
   const int tiles = ceil_div(s.num_q * p.group, static_cast<int>(kDecodeRows));
-  return ceil_div(s.num_cmp, p.cmp_split) * tiles * p.heads_kv;
-}
-
-template <int kThreads>
-__device__ __forceinline__ void build_item_index(const DecodeArgs& p, ItemIndex<kThreads>& index) {
-  const int per_thread = ceil_div(p.batch, kThreads), thread = threadIdx.x;
-  int count = 0;
-  for (int i = 0; i < per_thread; ++i) {
-    const int seq = thread * per_thread + i;
-    if (seq < p.batch) count += num_items(p, find_sequence(p, seq));
-  }
-  int total;
-  index.first[thread] = cta_exclusive_scan(count, index.warp_sums, total);
-  if (thread == 0) index.total = total;
-  __syncthreads();
+  return num_cmp_splits(p, s.num_cmp) * tiles * p.heads_kv;
 }
 
 struct CompressedItem {
@@ -52,72 +30,87 @@ struct CompressedItem {
   int split;
 };
 
-template <int kThreads>
-__device__ __forceinline__ CompressedItem find_item(const DecodeArgs& p,
-                                                    const ItemIndex<kThreads>& index, int item) {
-  int low = 0, high = kThreads;  // first[low] <= item < first[high]
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (index.first[middle] <= item) {
-      low = middle;
-    } else {
-      high = middle;
+// Finds the items of ascending numbers: a warp that looks at 32 sequences at a time, a lane each.
+struct ItemFinder {
+  DecodeSequence seq;       // the lane's
+  int base = -kWarpSize;    // sequence of the first lane
+  int before = 0, end = 0;  // items before those of the 32 sequences, and with these
+  int last = 0;             // items up to the lane's sequence
+
+  __device__ __forceinline__ bool advance(const DecodeArgs& p, int lane) {
+    base += kWarpSize;
+    if (base >= p.batch) return false;
+    int count = 0;
+    if (base + lane < p.batch) {
+      seq = find_sequence(p, base + lane);
+      count = num_items(p, seq);
     }
+    before = end;
+    last = before + warp_inclusive_scan(count, lane);
+    end = __shfl_sync(kFullMask, last, kWarpSize - 1);
+    return true;
   }
-  int seq = low * ceil_div(p.batch, kThreads), rest = item - index.first[low];
-  CompressedItem found;
-  for (;; ++seq) {
-    found.seq = find_sequence(p, seq);
-    const int count = num_items(p, found.seq);
-    if (rest < count) break;
-    rest -= count;
+
+  __device__ __forceinline__ bool find(const DecodeArgs& p, int item, CompressedItem& found) {
+    const int lane = threadIdx.x % kWarpSize;
+    while (item >= end) {
+      if (!advance(p, lane)) return false;
+    }
+    const int owner = __ffs(__ballot_sync(kFullMask, item < last)) - 1;
+    const auto of_owner = [&](int x) { return __shfl_sync(kFullMask, x, owner); };
+    found.seq = {of_owner(seq.token), of_owner(seq.num_q), of_owner(seq.position),
+                 of_owner(seq.num_keys), of_owner(seq.num_cmp)};
+    int rest = item - (owner == 0 ? before : __shfl_sync(kFullMask, last, max(owner - 1, 0)));
+    const int rows = found.seq.num_q * p.group;
+    const int tiles = ceil_div(rows, static_cast<int>(kDecodeRows));
+    const int tile = rest % tiles;
+    rest /= tiles;
+    found.split = rest / p.heads_kv;
+    const int head = rest - found.split * p.heads_kv;
+    const int row = tile * static_cast<int>(kDecodeRows);
+    found.tile = {base + owner, head, (base + owner) * p.heads_kv + head, row,
+                  min(rows - row, static_cast<int>(kDecodeRows))};
+    return true;
   }
-  const int rows = found.seq.num_q * p.group;
-  const int tiles = ceil_div(rows, static_cast<int>(kDecodeRows));
-  const int tile = rest % tiles;
-  rest /= tiles;
-  found.split = rest / p.heads_kv;
-  const int head = rest - found.split * p.heads_kv;
-  const int row = tile * static_cast<int>(kDecodeRows);
-  found.tile = {seq, head, seq * p.heads_kv + head, row,
-                min(rows - row, static_cast<int>(kDecodeRows))};
-  return found;
-}
+};
 
 // Beside the dynamic shared memory. Two of everything that a work item needs: the next one is
 // prepared while this one runs.
-template <int kThreads>
 struct CompressedShared {
-  ItemIndex<kThreads> index;
   CompressedItem work[2];
-  KeyChunk chunks[2][kDecodeMaxChunks];
+  KeyChunk chunks[2][kDecodeMaxCmpSplit / kDecodeChunk];
   int num_chunks[2];
+  bool has_more;
   WarpResults results;
 };
 
-// What one warp prepares: the item and where its keys lie; then its queries.
-template <int kThreads>
-__device__ __forceinline__ void prepare_item(const DecodeArgs& p,
-                                             CompressedShared<kThreads>& shared, int item,
-                                             int buffer) {
-  const int lane = threadIdx.x % kWarpSize;
-  const CompressedItem work = find_item(p, shared.index, item);
-  const int first_key = work.split * p.cmp_split;
-  const int keys = min(work.seq.num_cmp - first_key, p.cmp_split);
-  if (lane * kDecodeChunk < keys) {
-    shared.chunks[buffer][lane] =
-        find_chunk(p.cmp.table, work.tile.seq, first_key + lane * kDecodeChunk);
-  }
-  if (lane == 0) {
-    shared.work[buffer] = work;
-    shared.num_chunks[buffer] = ceil_div(keys, kDecodeChunk);
+__device__ __forceinline__ int num_chunks(const DecodeArgs& p, const CompressedItem& work) {
+  const int size = cmp_split(p, work.seq.num_cmp);
+  return ceil_div(min(work.seq.num_cmp - work.split * size, size), kDecodeChunk);
+}
+
+// Finds the chunks first, first + step, ... of an item. A warp does.
+__device__ __forceinline__ void list_chunks(const DecodeArgs& p, const CompressedItem& work,
+                                            KeyChunk* chunks, int first, int step) {
+  const int count = num_chunks(p, work), first_key = work.split * cmp_split(p, work.seq.num_cmp);
+  for (int i = first + static_cast<int>(threadIdx.x) % kWarpSize * step; i < count;
+       i += kWarpSize * step) {
+    chunks[i] = find_chunk(p.cmp.table, work.tile.seq, first_key + i * kDecodeChunk);
   }
   __syncwarp();
 }
 
-template <class Traits, int kThreads>
-__device__ __forceinline__ void prepare_queries(const DecodeArgs& p,
-                                                const CompressedShared<kThreads>& shared,
+__device__ __forceinline__ void keep_item(const DecodeArgs& p, CompressedShared& shared, int buffer,
+                                          const CompressedItem& work) {
+  if (threadIdx.x % kWarpSize == 0) {
+    shared.work[buffer] = work;
+    shared.num_chunks[buffer] = num_chunks(p, work);
+  }
+  __syncwarp();
+}
+
+template <class Traits>
+__device__ __forceinline__ void prepare_queries(const DecodeArgs& p, const CompressedShared& shared,
                                                 int buffer, uint32_t q_tile) {
   const CompressedItem& work = shared.work[buffer];
   load_queries<Traits, kWarpSize>(p, work.tile, work.seq.token, q_tile, threadIdx.x % kWarpSize);
@@ -126,8 +119,8 @@ __device__ __forceinline__ void prepare_queries(const DecodeArgs& p,
 }
 
 // Attends to one item and leaves the warp's result in shared memory.
-template <class Traits, int kThreads>
-__device__ __forceinline__ void attend_item(const DecodeArgs& p, CompressedShared<kThreads>& shared,
+template <class Traits>
+__device__ __forceinline__ void attend_item(const DecodeArgs& p, CompressedShared& shared,
                                             int buffer, uint32_t q_tile, ChunkRing<Traits>& ring,
                                             uint64_t policy) {
   const int lane = threadIdx.x % kWarpSize;
@@ -161,18 +154,17 @@ __device__ __forceinline__ void attend_item(const DecodeArgs& p, CompressedShare
   leave_result(result, ring, shared.results);
 }
 
-template <class Traits, int kThreads>
-__device__ __forceinline__ void start_item(const DecodeArgs& p,
-                                           const CompressedShared<kThreads>& shared, int buffer,
-                                           const ChunkRing<Traits>& ring, uint64_t policy) {
-  const CompressedItem& work = shared.work[buffer];
+template <class Traits>
+__device__ __forceinline__ void start_item(const DecodeArgs& p, const CompressedItem& work,
+                                           const KeyChunk* chunks, const ChunkRing<Traits>& ring,
+                                           uint64_t policy) {
   start_chunks(paged_head<typename Traits::Element>(p, p.cmp, work.tile.kv_head, work.seq.num_cmp),
-               shared.chunks[buffer], shared.num_chunks[buffer], ring, policy);
+               chunks, num_chunks(p, work), ring, policy);
 }
 
-template <class Traits, int kThreads>
-__device__ __forceinline__ void write_item(const DecodeArgs& p,
-                                           const CompressedShared<kThreads>& shared, int buffer) {
+template <class Traits>
+__device__ __forceinline__ void write_item(const DecodeArgs& p, const CompressedShared& shared,
+                                           int buffer) {
   const CompressedItem& work = shared.work[buffer];
   const DecodeTile& tile = work.tile;
   const int64_t first_row =
@@ -195,7 +187,7 @@ __global__ void __launch_bounds__(kCompressedThreads<Traits>, Traits::kMinCtas)
   using namespace device;
   constexpr int kThreads = kCompressedThreads<Traits>;
   extern __shared__ __align__(1024) unsigned char smem[];
-  __shared__ CompressedShared<kThreads> shared;
+  __shared__ CompressedShared shared;
   wait_for_previous_kernel();
   // Not before: what the next kernels read early, lengths and queries, is then complete.
   allow_next_kernel();
@@ -204,37 +196,47 @@ __global__ void __launch_bounds__(kCompressedThreads<Traits>, Traits::kMinCtas)
        i += gridDim.x * kThreads) {
     p.counters[i] = 0;
   }
-  build_item_index(p, shared.index);
-  const int total = shared.index.total, first = blockIdx.x, step = gridDim.x;
-  if (first >= total) return;
+  ItemFinder finder;
+  CompressedItem work;
+  int item = blockIdx.x;
+  if (!finder.find(p, item, work)) return;  // every warp looks: no barrier on this path
 
   const bool prepares = warp == Traits::kWarps;
   const uint32_t q_tile = smem_address(smem);
   const uint64_t policy = l2_evict_first();
   ChunkRing<Traits> ring{q_tile + 2 * Traits::kQBytes + warp * Traits::kWarpBytes};
-  if (prepares) prepare_item(p, shared, first, 0);
-  __syncthreads();
-  // The first copies start while the queries are still on their way.
-  if (prepares) {
-    prepare_queries<Traits>(p, shared, 0, q_tile);
+  if (!prepares) {
+    // The first copies start while the queries are still on their way.
+    list_chunks(p, work, shared.chunks[0], warp, Traits::kWarps);
+    start_item(p, work, shared.chunks[0], ring, policy);
   } else {
-    start_item(p, shared, 0, ring, policy);
+    keep_item(p, shared, 0, work);
+    prepare_queries<Traits>(p, shared, 0, q_tile);
   }
   __syncthreads();
-  for (int item = first, buffer = 0; item < total; item += step, buffer ^= 1) {
-    const bool has_more = item + step < total;
+  for (int buffer = 0;; buffer ^= 1) {
     if (!prepares) {
       attend_item(p, shared, buffer, q_tile + buffer * Traits::kQBytes, ring, policy);
-    } else if (has_more) {
-      prepare_item(p, shared, item + step, buffer ^ 1);
-      prepare_queries<Traits>(p, shared, buffer ^ 1, q_tile + (buffer ^ 1) * Traits::kQBytes);
+    } else {
+      item += gridDim.x;
+      const bool has_more = finder.find(p, item, work);
+      if (has_more) {
+        list_chunks(p, work, shared.chunks[buffer ^ 1], 0, 1);
+        keep_item(p, shared, buffer ^ 1, work);
+        prepare_queries<Traits>(p, shared, buffer ^ 1, q_tile + (buffer ^ 1) * Traits::kQBytes);
+      }
+      if (thread % kWarpSize == 0) shared.has_more = has_more;
     }
     __syncthreads();  // the results and the next item are there
+    const bool has_more = shared.has_more;
     if (!prepares) {
       // Copies for the next item run while this one's results are combined.
-      if (has_more) start_item(p, shared, buffer ^ 1, ring, policy);
+      if (has_more) {
+        start_item(p, shared.work[buffer ^ 1], shared.chunks[buffer ^ 1], ring, policy);
+      }
       write_item<Traits>(p, shared, buffer);
     }
+    if (!has_more) return;
     __syncthreads();  // the stages that held the results are free
   }
 }

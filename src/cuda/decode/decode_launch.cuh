@@ -6,6 +6,7 @@
 #include "cuda/decode/decode.h"
 #include "cuda/decode/decode_branches.cuh"
 #include "cuda/decode/decode_compressed.cuh"
+#include "cuda/decode/decode_finish.cuh"
 #include "cuda/decode/decode_rank.cuh"
 #include "cuda/decode/decode_select.cuh"
 
@@ -104,14 +105,16 @@ inline DecodeArgs decode_args(const PagedAttnParams& p) {
   args.local_blocks = static_cast<int>(p.local_blocks);
   args.window_size = static_cast<int>(p.window_size);
   args.cmp_split = static_cast<int>(p.tuning.cmp_split);
+  args.cmp_long = static_cast<int>(p.tuning.cmp_long);
   args.is_nsa = true;
   args.has_sigmoid = p.activation == GateActivation::kSigmoid;
   args.rounds_to_bf16 = p.score_dtype == ScoreDType::kBFloat16;
   args.group_reduce = p.group_reduce;
   args.max_blocks = static_cast<int>(ceil_div(p.packing.max_k, p.block_size));
   const int64_t max_cmp = num_windows(p.packing.max_k, p.kernel_size, p.kernel_stride);
-  const DecodeSplits splits =
+  DecodeSplits splits =
       decode_splits(max_cmp, p.tuning.cmp_split, p.block_size, p.topk, p.window_size);
+  if (p.tuning.finish.ctas > 0) splits = decode_finish_splits(splits, p.tuning.finish.ctas);
   set_decode_splits(args, splits,
                     decode_scratch(int64_t{args.batch} * args.heads_kv, args.max_q, args.group,
                                    args.head_dim_v, max_cmp, args.max_blocks, splits, true),
@@ -179,6 +182,17 @@ inline void launch_decode_select(const DecodeArgs& args, const DecodeDevice& gpu
                        stream, args);
 }
 
+template <class Traits>
+void launch_decode_finish(const DecodeArgs& args, int ctas, Stream stream) {
+  using Finish = FinishTraits<Traits>;
+  static_assert(Finish::kSmemBytes + sizeof(device::FinishShared) <= Finish::kPlannedBytes);
+  const int64_t queries = int64_t{args.batch} * args.heads_kv * args.max_q;
+  const auto kernel =
+      args.group <= 4 ? decode_finish_kernel<Traits, 4> : decode_finish_kernel<Traits, 16>;
+  launch_decode_kernel(kernel, queries * ctas, Finish::kThreads, Finish::kSmemBytes, {true, ctas},
+                       stream, args);
+}
+
 template <DecodeConfig kConfig>
 void launch_paged_attn(const PagedAttnParams& params, Stream stream) {
   using Traits = DecodeTraits<kConfig>;
@@ -192,6 +206,16 @@ void launch_paged_attn(const PagedAttnParams& params, Stream stream) {
       decode_compressed_kernel<Traits>,
       std::max(std::min(items, int64_t{device.num_sms} * Traits::kMinCtas), int64_t{1}),
       kCompressedThreads<Traits>, Traits::kSmemBytes, {device.has_overlap}, stream, args);
+  if (const DecodeFinish finish = params.tuning.finish; finish.ctas > 0) {
+    if constexpr (can_finish_wide(kConfig)) {
+      if (finish.is_wide) {
+        launch_decode_finish<FinishAttendTraits<kConfig, 2>>(args, finish.ctas, stream);
+        return;
+      }
+    }
+    launch_decode_finish<FinishAttendTraits<kConfig, 1>>(args, finish.ctas, stream);
+    return;
+  }
   launch_decode_select(args, device, stream);
   launch_decode_branches<kConfig>(args, device.has_overlap, stream);
 }

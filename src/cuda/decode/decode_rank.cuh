@@ -13,7 +13,6 @@
 
 namespace fsattn {
 
-inline constexpr int kDecodeRankKeys = 1152;  // windows of a step
 inline constexpr int kDecodeRankThreads = 288;
 
 namespace device {
@@ -42,21 +41,45 @@ __device__ __forceinline__ RankShared rank_shared(const DecodeArgs& p, float* me
   return s;
 }
 
-// Scores that are greater than score[i], and equal ones before it. Zeros fill the last quad.
-__device__ __forceinline__ int count_above(const uint32_t* score, int count, int i) {
-  const uint32_t mine = score[i];
+// How many scores are greater than each of score[first + k * step], or equal and before it. Zeros fill
+// the last quad.
+template <int kCount>
+__device__ __forceinline__ void count_above(const uint32_t* score, int count, int first, int step,
+                                            int (&above)[kCount]) {
   const uint4* quads = reinterpret_cast<const uint4*>(score);
-  int above = 0;
-#pragma unroll 4
+  uint32_t mine[kCount];
+  int sum[kCount][4] = {};  // chains of their own
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) mine[k] = score[first + k * step];
+#pragma unroll 8
   for (int q = 0; q < ceil_div(count, 4); ++q) {
     const uint4 s = quads[q];
-    const uint32_t bound = 4 * q > i ? mine + 1 : mine;
-    above += (s.x >= bound ? 1 : 0) + (s.y >= bound ? 1 : 0) + (s.z >= bound ? 1 : 0) +
-             (s.w >= bound ? 1 : 0);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const uint32_t bound = q > (first + k * step) / 4 ? mine[k] + 1 : mine[k];
+      sum[k][0] += s.x >= bound ? 1 : 0;
+      sum[k][1] += s.y >= bound ? 1 : 0;
+      sum[k][2] += s.z >= bound ? 1 : 0;
+      sum[k][3] += s.w >= bound ? 1 : 0;
+    }
   }
   // In its own quad those behind it, and itself, were counted when equal.
-  for (int j = i; j < (i | 3) + 1; ++j) above -= score[j] == mine ? 1 : 0;
-  return above;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const int i = first + k * step, at = i % 4;
+    const uint4 s = quads[i / 4];
+    sum[k][0] -= at <= 0 && s.x == mine[k] ? 1 : 0;
+    sum[k][1] -= at <= 1 && s.y == mine[k] ? 1 : 0;
+    sum[k][2] -= at <= 2 && s.z == mine[k] ? 1 : 0;
+    sum[k][3] -= s.w == mine[k] ? 1 : 0;
+    above[k] = sum[k][0] + sum[k][1] + sum[k][2] + sum[k][3];
+  }
+}
+
+__device__ __forceinline__ int count_above(const uint32_t* score, int count, int i) {
+  int above[1];
+  count_above(score, count, i, 0, above);
+  return above[0];
 }
 
 // Adds the probabilities of four windows over up to kHeads heads.
@@ -90,7 +113,8 @@ __device__ __forceinline__ void score_share(const DecodeArgs& p, const SelectQue
   const float* scores =
       p.scores + (static_cast<int64_t>(q.unit) * unit_rows(p) + q.query * p.group) * p.scores_pitch;
   const int step = blocks_a_step(p, kDecodeRankKeys), thread = threadIdx.x, threads = blockDim.x;
-  combine_lse<8>(p, q.unit, q.query * p.group, ceil_div(q.s.num_cmp, p.cmp_split), lse_log2);
+  combine_lse<8>(p, lse_of_splits(p, q.unit, q.query * p.group), num_cmp_splits(p, q.s.num_cmp),
+                 lse_log2);
   __syncthreads();
   for (int from = 0; from < count; from += step) {
     const int blocks = min(step, count - from);

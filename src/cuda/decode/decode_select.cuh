@@ -43,17 +43,28 @@ __device__ __forceinline__ Competition find_competition(const DecodeArgs& p, int
   return c;
 }
 
-// The lse of each head over all splits, by kLanes lanes a head.
-template <int kLanes>
-__device__ __forceinline__ void combine_lse(const DecodeArgs& p, int64_t unit, int row, int splits,
+// Threads that work together: those of a CTA.
+struct WholeCta {
+  static __device__ unsigned thread() { return threadIdx.x; }
+  static __device__ unsigned threads() { return blockDim.x; }
+};
+
+// The lse of the splits of a query's first head; those of a split lie together.
+__device__ __forceinline__ const float* lse_of_splits(const DecodeArgs& p, int64_t unit, int row) {
+  return p.cmp_lse + unit * p.cmp_splits * unit_rows(p) + row;
+}
+
+// The lse of each head over all splits, by kLanes lanes a head. `lse`: lse_of_splits().
+template <int kLanes, class Team = WholeCta>
+__device__ __forceinline__ void combine_lse(const DecodeArgs& p, const float* lse, int splits,
                                             float* lse_log2) {
   constexpr int kHeld = 4;  // of the lse of a lane; more are read twice
   constexpr int kHeads = kWarpSize / kLanes;
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kWarpSize;
-  const int first = threadIdx.x % kWarpSize / kLanes, warps = blockDim.x / kWarpSize;
+  const int lane = Team::thread() % kLanes, warp = Team::thread() / kWarpSize;
+  const int first = Team::thread() % kWarpSize / kLanes, warps = Team::threads() / kWarpSize;
   for (int head = warp * kHeads; head < p.group; head += warps * kHeads) {
     const int g = head + first;
-    const float* from = p.cmp_lse + unit * p.cmp_splits * unit_rows(p) + row + g;
+    const float* from = lse + g;
     const auto load = [&](int s) {
       return s < splits && g < p.group ? __ldcg(from + s * unit_rows(p)) : -INFINITY;
     };
@@ -302,7 +313,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   wait_for_previous_kernel();
   allow_next_kernel();
   if (!q.is_query || q.c.count <= q.c.room || base >= q.c.count) return;
-  combine_lse<8>(p, q.unit, q.query * p.group, ceil_div(q.s.num_cmp, p.cmp_split), lse_log2);
+  combine_lse<8>(p, lse_of_splits(p, q.unit, q.query * p.group), num_cmp_splits(p, q.s.num_cmp),
+                 lse_log2);
   __syncthreads();
   score_step(p, q, base, step, lse_log2, prob, p.block_scores + index * p.block_scores_pitch);
 }
@@ -337,7 +349,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = threadIdx.x; i < c.count; i += kThreads) score[i] = __ldcg(from + i);
     __syncthreads();
   } else {
-    combine_lse<8>(p, q.unit, q.query * p.group, ceil_div(q.s.num_cmp, p.cmp_split), lse_log2);
+    combine_lse<8>(p, lse_of_splits(p, q.unit, q.query * p.group), num_cmp_splits(p, q.s.num_cmp),
+                   lse_log2);
     __syncthreads();
     const int step = blocks_a_step(p, kDecodeSelectKeys);
     for (int base = 0; base < c.count; base += step) {
