@@ -72,7 +72,8 @@ void launch_dense_attn_fused(const AttnBwdTensors& tensors, const device::KeySet
     const AttnShape& shape = tensors.shape;
     const int64_t tiles = keys.total_keys / std::max<int64_t>(1, packing.batch) / Traits::kTileKv;
     const KeyTileOrder order =
-        key_tile_order(keys.band.reach == device::Band::kUnlimited, tiles, num_sms());
+        key_tile_order(keys.band.reach == device::Band::kUnlimited, tiles,
+                       static_cast<int>(shape.num_heads_kv) * buffers.splits, num_sms());
     launch_key_tiles<Traits>(dense_attn_bwd_sm90_kernel<Traits>, tensors, keys, buffers, stream,
                              order, make_query_map(tensors, tensors.q, shape.head_dim),
                              make_query_map(tensors, tensors.dout, shape.head_dim_v));

@@ -24,18 +24,30 @@ struct KeyTileOrder {
   int run;  // CTAs that the device holds; 0: one width after the other
 };
 
-// Sequences of so many tiles of compressed keys have heads that walk on: they pay where a device does
-// not hold all tiles of a few heads at a time.
-inline constexpr int kTwoWayTiles = 28;
+// Sequences of so many tiles of compressed keys, over all parts, have parts that walk on: fewer start
+// together, and those that walk on would wait for the first one.
+inline constexpr int kTwoWayTiles = 384;
 
-// `num_tiles`: of a sequence. Wide runs hold more dQ at a time, narrow ones leave SMs to the next run
-// when the tiles of a head are no multiple of a run.
-constexpr KeyTileOrder key_tile_order(bool is_compressed, int64_t num_tiles, int num_sms) {
-  constexpr int kFewHeads = 4, kManyHeads = 8;
+// `num_tiles`: of a sequence. Narrow runs take less of the L2, but no run should leave much of the
+// device to the next one, which starts too early then.
+constexpr KeyTileOrder key_tile_order(bool is_compressed, int64_t num_tiles, int parts,
+                                      int num_sms) {
   if (!is_compressed) return {kAllHeads, 0};
-  if (num_tiles < kTwoWayTiles) return {kManyHeads, 0};
-  const int64_t last = num_tiles * kFewHeads % num_sms;  // tiles of the last run
-  return {last == 0 || last * 10 > num_sms * 9 ? kFewHeads : kManyHeads, num_sms};
+  if (num_tiles * parts < kTwoWayTiles) return {8, 0};
+  const int half = parts > 1 ? parts / 2 : 1;
+  KeyTileOrder best{half, num_sms};
+  int64_t best_share = 0;
+  for (int width = half < 4 ? half : 4; best_share < 90; width *= 2) {
+    if (width > half) width = half;
+    const int64_t tiles = num_tiles * width;
+    const int64_t share = tiles * 100 / (ceil_div(tiles, int64_t{num_sms}) * num_sms);
+    if (parts % (2 * width) == 0 && share >= best_share) {
+      best.width = width;
+      best_share = share;
+    }
+    if (width == half) break;
+  }
+  return best;
 }
 
 // What the CTA that starts as number `ticket` takes. Parts with odd numbers may walk on.
@@ -58,11 +70,11 @@ struct QueryWalk {
   int step;  // 1 or -1
 };
 
-__device__ __forceinline__ QueryWalk find_walk(const KeyTileWork& work, int part,
+__device__ __forceinline__ QueryWalk find_walk(const KeyTileWork& work, int part, int parts,
                                                bool is_compressed, int tile_kv, int tile_q) {
   const int first = work.first_query / tile_q, last = work.last_query / tile_q;
-  const bool walks_on = is_compressed && part % 2 != 0 &&
-                        work.first_key + work.num_keys > (kTwoWayTiles - 1) * tile_kv;
+  const int64_t num_tiles = (work.first_key + work.num_keys + tile_kv - 1) / tile_kv;
+  const bool walks_on = is_compressed && part % 2 != 0 && num_tiles * parts >= kTwoWayTiles;
   return walks_on ? QueryWalk{first, last, 1} : QueryWalk{last, first, -1};
 }
 

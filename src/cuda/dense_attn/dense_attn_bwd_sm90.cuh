@@ -324,8 +324,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         atomicAdd(buffers.turns, 1), static_cast<int>(gridDim.x) / parts, parts, order);
     static_cast<KeyTileWork&>(work) =
         find_key_tile<Traits::kTileKv>(p, keys, buffers.splits, index);
-    work.walk = find_walk(work, index.part, keys.band.reach == Band::kUnlimited, Traits::kTileKv,
-                          Traits::kTileQ);
+    work.walk = find_walk(work, index.part, parts, keys.band.reach == Band::kUnlimited,
+                          Traits::kTileKv, Traits::kTileQ);
     find_halves<Traits>(work, keys.band);
     init_barriers(smem);
   }
