@@ -26,6 +26,7 @@ __global__ void round_trip_kernel(const float* in, uint32_t largest, bool has_sp
     pairs[i] = device::pack_pair<__nv_bfloat16>(low * window.step(), high * window.step());
   }
   uint32_t host[3] = {pairs[0], pairs[1], pairs[2]};
+  if (has_special) selected::keep_special(host);
   selected::hide_pair(pairs[3], host);
   selected::find_pairs(host, pairs);
   for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = pairs[i];

@@ -26,16 +26,19 @@ __device__ __forceinline__ float power_of_two(int n) {
 // Where the four bits are free in both halves of a pair.
 inline constexpr uint32_t kFreeBits = 0x78007800u;
 
-// A pair's 24 bits go to the free bits of three others: exponents, upper and lower half of the mantissa.
-// The lowest three of a half go together with the sign of the other half, which the rotation brings next
-// to them.
+// Infinities and NaN have all bits of the exponent set; the lowest four are what is kept of them.
+__device__ __forceinline__ void keep_special(uint32_t (&pair)[3]) {
+#pragma unroll
+  for (int i = 0; i < 3; ++i) pair[i] &= ~kFreeBits;
+}
+
+// A pair's 24 bits go to the free bits of three others, which are zero: exponents, upper and lower half of
+// the mantissa. The lowest three of a half go together with the sign of the other half, which the rotation
+// brings next to them.
 __device__ __forceinline__ void hide_pair(uint32_t pair, uint32_t (&host)[3]) {
-  const auto place = [](uint32_t& to, uint32_t bits) {
-    to = (to & ~kFreeBits) | (bits & kFreeBits);
-  };
-  place(host[0], pair << 4);
-  place(host[1], pair << 8);
-  place(host[2], __funnelshift_l(pair, pair, 12));
+  host[0] |= pair << 4 & kFreeBits;
+  host[1] |= pair << 8 & kFreeBits;
+  host[2] |= __funnelshift_l(pair, pair, 12) & kFreeBits;
 }
 
 // The three pairs and the hidden one.

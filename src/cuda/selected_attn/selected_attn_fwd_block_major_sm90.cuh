@@ -14,225 +14,45 @@
 //         consumers' chain of instructions: docs/kernels/selected_attn.md.
 #pragma once
 #include "cuda/device/barrier_sm90.cuh"
-#include "cuda/device/cache_hint_sm80.cuh"
-#include "cuda/device/copy_sm80.cuh"
+#include "cuda/device/math.cuh"
 #include "cuda/device/mma_sm80.cuh"
 #include "cuda/device/panels_sm90.cuh"
 #include "cuda/device/wgmma_sm90.cuh"
 #include "cuda/selected_attn/partial_row.cuh"
-#include "cuda/selected_attn/selected_attn_fwd_args.cuh"
-#include "cuda/selected_attn/selected_attn_kv_sm90.cuh"
+#include "cuda/selected_attn/selected_attn_fwd_block_major_producer_sm90.cuh"
 
 namespace fsattn::selected {
 
-template <SelectedAttnFwdConfig kConfig>
-struct WgmmaTraits {
-  using Element = device::ElementOf<kConfig.dtype>;
-  static constexpr int kD = 128, kKeys = 64;
-  static_assert(kConfig.head_dim == kD && kConfig.head_dim_v == kD && kConfig.keys == kKeys);
-  static constexpr int kGroups = 3, kStages = 3, kLoaders = kGroups;
-  static constexpr int kWarps = kGroups * 4, kItemWarp = kWarps + kLoaders;
-  static constexpr int kThreads = (kItemWarp + 1) * kWarpSize;
-  static constexpr bool kIsPacked = device::kIsBf16<Element>;  // partial rows: partial_row.cuh
-  static constexpr int kRows = 16, kTileRows = 64;  // query rows of a warp, of a warpgroup
-  static constexpr int kRowBytes = kD * 2;
-  static constexpr int kStageBytes = kTileRows * kRowBytes;
-  static constexpr int kPanelBytes = kKeys * 128;  // 64 columns of K or V
-  static constexpr int kTileBytes = 2 * kPanelBytes;
-  static constexpr int kKvBuffers = 2, kEntryBuffers = 3, kMaxEntries = 512;
-  static constexpr int kRingOffset = kKvBuffers * 2 * kTileBytes;
-  static constexpr int kEntryOffset = kRingOffset + kGroups * kStages * kStageBytes;
-  static constexpr int kItemOffset = kEntryOffset + kEntryBuffers * kMaxEntries * 4;
-  static constexpr int kWindowOffset = kItemOffset + kEntryBuffers * int{sizeof(Item)};
-  static constexpr int kBarrierOffset = kWindowOffset + kKvBuffers * int{sizeof(Window)};
-  static constexpr int kBarriers = 3 * kKvBuffers + kEntryBuffers + 2 * kGroups * kStages;
-  static constexpr int kPrefixOffset = kBarrierOffset + kBarriers * 8;
-
-  static int smem_bytes(int num_segments) { return kPrefixOffset + (num_segments + 1) * 4; }
-};
-
-template <class T>
-struct WgmmaSmem {
-  unsigned char* memory;
-  uint32_t base;
-
-  __device__ uint32_t kv(int buffer) const { return base + buffer * 2 * T::kTileBytes; }
-  __device__ uint32_t stage(int group, int s) const {
-    return base + T::kRingOffset + (group * T::kStages + s) * T::kStageBytes;
-  }
-  __device__ int* entries(int buffer) const {
-    return reinterpret_cast<int*>(memory + T::kEntryOffset) + buffer * T::kMaxEntries;
-  }
-  __device__ Item* items() const { return reinterpret_cast<Item*>(memory + T::kItemOffset); }
-  __device__ Window* windows() const {
-    return reinterpret_cast<Window*>(memory + T::kWindowOffset);
-  }
-  __device__ int* prefix() const { return reinterpret_cast<int*>(memory + T::kPrefixOffset); }
-  __device__ uint32_t bar(int i) const { return base + T::kBarrierOffset + i * 8; }
-  __device__ uint32_t kv_full(int buffer) const { return bar(buffer); }
-  __device__ uint32_t kv_empty(int buffer) const { return bar(T::kKvBuffers + buffer); }
-  __device__ uint32_t window_full(int buffer) const { return bar(2 * T::kKvBuffers + buffer); }
-  __device__ uint32_t item_full(int buffer) const { return bar(3 * T::kKvBuffers + buffer); }
-  __device__ uint32_t q_full(int group, int s) const {
-    return bar(3 * T::kKvBuffers + T::kEntryBuffers + group * T::kStages + s);
-  }
-  __device__ uint32_t q_empty(int group, int s) const { return q_full(group + T::kGroups, s); }
-};
-
-// A ring position: stage and the parity of its current round.
-template <class T>
-struct Ring {
-  int stage, parity;
-  __device__ explicit Ring(int use) : stage(use % T::kStages), parity(use / T::kStages & 1) {}
-};
-
-// ---- Item warp ----
-
-// Hands item n and its entries to everyone. Its buffer is free: item n - 3 was released by all before
-// K, V of item n - 1 could be loaded.
-template <class T>
-__device__ __forceinline__ void announce_item(const FwdArgs& a, const WgmmaSmem<T>& s,
-                                              const Item& item, int n, int lane) {
-  const int buffer = n % T::kEntryBuffers;
-  if (lane == 0) s.items()[buffer] = item;
-  const int head = (a.space.first_segment + item.segment) / a.space.num_ranges;
-  const int32_t* from = a.entries + head * a.entry_stride + item.first;
-  const uint32_t to = device::smem_address(s.entries(buffer));
-  for (int i = lane; i < item.count; i += kWarpSize) device::cp_async_4(to + i * 4, from + i);
-  device::cp_async_arrive(s.item_full(buffer));
-  if (lane == 0) device::mbarrier_arrive(s.item_full(buffer));
-}
-
-// The largest bits of |V| below `limit` in both halves of the words of a tile, for the whole warp.
-__device__ __forceinline__ uint32_t largest_below(uint32_t v_tile, uint32_t limit, int lane) {
-  uint32_t most[2] = {0, 0};
-#pragma unroll 8
-  for (int i = 0; i < kPartTileBytes; i += kWarpSize * 16) {
-    const uint4 x = device::load_shared_u128(v_tile + i + lane * 16);
-    const auto size = [&](uint32_t pair) {
-      pair &= 0x7fff7fffu;
-      return limit == 0 ? pair : pair & __vcmpltu2(pair, limit);
-    };
-    most[0] = __vimax3_u16x2(size(x.x), size(x.y), most[0]);
-    most[1] = __vimax3_u16x2(size(x.z), size(x.w), most[1]);
-  }
-  const uint32_t both = __vmaxu2(most[0], most[1]);
-  return __reduce_max_sync(kFullMask, max(both >> 16, both & 0xffffu));
-}
-
-// The window of the partial rows of an item, from its V.
-__device__ __forceinline__ Window find_window(uint32_t v_tile, int lane) {
-  constexpr uint32_t kInfinity = 0x7f80;
-  const uint32_t largest = largest_below(v_tile, 0, lane);
-  if (largest < kInfinity) return Window::of(largest, false);
-  return Window::of(largest_below(v_tile, kInfinity * 0x10001u, lane), true);
-}
-
-template <class T>
-__device__ __forceinline__ void produce_items(const FwdArgs& a, const CUtensorMap* k_map,
-                                              const CUtensorMap* v_map, const WgmmaSmem<T>& s,
-                                              int lane) {
-  const uint64_t policy = device::l2_evict_last();
-  const auto take_item = [&] {
-    int number = 0;
-    if (lane == 0) number = gridDim.x + atomicAdd(a.list.counter, 1);
-    return fetch_item(a.list, s.prefix(), __shfl_sync(kFullMask, number, 0));
-  };
-  Item item = fetch_item(a.list, s.prefix(), blockIdx.x), next = take_item();
-  announce_item<T>(a, s, item, 0, lane);
-  for (int n = 0; item.count > 0; ++n) {
-    const int buffer = n % T::kKvBuffers;
-    if (n >= T::kKvBuffers) device::mbarrier_wait(s.kv_empty(buffer), (n / T::kKvBuffers - 1) & 1);
-    const int head = a.key_head((a.space.first_segment + item.segment) / a.space.num_ranges);
-    if (item.num_keys < T::kKeys) {
-      load_short_part(a, s.kv(buffer), s.kv_full(buffer), item.key_row, item.num_keys, head, lane);
-    } else if (lane == 0) {
-      const uint32_t full = s.kv_full(buffer);
-      device::mbarrier_arrive_expect(full, 2 * T::kTileBytes);
-      load_part(s.kv(buffer), k_map, v_map, item.key_row, head, full, policy);
-    }
-    announce_item<T>(a, s, next, n + 1, lane);
-    item = next;
-    if (next.count > 0) next = take_item();
-    if constexpr (T::kIsPacked) {
-      device::mbarrier_wait(s.kv_full(buffer), n / T::kKvBuffers & 1);
-      const Window window = find_window(s.kv(buffer) + T::kTileBytes, lane);
-      if (lane == 0) {
-        s.windows()[buffer] = window;
-        device::mbarrier_arrive(s.window_full(buffer));
-      }
-    }
-  }
-}
-
-// ---- Loader warps ----
-
-template <class T>
-__device__ __forceinline__ void load_queries(const FwdArgs& a, const WgmmaSmem<T>& s, int group,
-                                             int lane) {
-  constexpr int kRounds = T::kTileRows / kWarpSize;
-  const uint64_t policy = device::l2_evict_last();
-  const char* lane_source = static_cast<const char*>(a.q.data) + lane % 16 * 16;
-  const int chunk = lane % 16, first_row = lane / 16;
-  const uint32_t lane_offset =
-      chunk / 8 * T::kPanelBytes + first_row * 128 + ((chunk ^ first_row) & 7) * 16;
-  int first_tile = group, use = 0;
-  for (int n = 0;; ++n) {
-    const int buffer = n % T::kEntryBuffers;
-    device::mbarrier_wait(s.item_full(buffer), n / T::kEntryBuffers & 1);
-    const Item item = s.items()[buffer];
-    if (item.count == 0) break;
-    const int rows = item.count * a.space.group;
-    const int num_tiles = (rows + T::kTileRows - 1) / T::kTileRows;
-    const int head0 = (a.space.first_segment + item.segment) / a.space.num_ranges * a.space.group;
-    const int* entries = s.entries(buffer);
-    int tile = first_tile;
-    for (; tile < num_tiles; tile += T::kGroups, ++use) {
-      const Ring<T> ring(use);
-      uint32_t offset_of_lane[kRounds];  // of rows lane and lane + 32
-#pragma unroll
-      for (int i = 0; i < kRounds; ++i) {
-        const int r = tile * T::kTileRows + i * kWarpSize + lane;
-        offset_of_lane[i] = kNoRow;
-        if (r >= rows) continue;
-        const int e = a.space.group_div.quotient(r);
-        const int token = a.space.topk_div.quotient(entries[e]);
-        offset_of_lane[i] = row_offset16(a.q, token, head0 + a.space.group_div.remainder(r, e));
-      }
-      device::mbarrier_wait(s.q_empty(group, ring.stage), ring.parity ^ 1);  // at once in round 0
-      const uint32_t to = s.stage(group, ring.stage) + lane_offset;
-#pragma unroll
-      for (int i = 0; i < T::kTileRows / 2; ++i) {  // two rows a step, 16 lanes each
-        const uint32_t offset =
-            __shfl_sync(kFullMask, offset_of_lane[i / 16], 2 * i % kWarpSize + lane / 16);
-        if (offset == kNoRow) continue;
-        device::cp_async_16_hint((to ^ (2 * i % 8 * 16)) + 2 * i * 128,
-                                 lane_source + int64_t{offset} * 16, policy);
-      }
-      device::cp_async_arrive(s.q_full(group, ring.stage));
-    }
-    first_tile = tile - num_tiles;
-    // A loader may be two items ahead of the consumers. K and V of item n land only after everyone
-    // released item n - 2, so this wait keeps the arrival for item n out of the barrier phase of
-    // item n - 2.
-    device::mbarrier_wait(s.kv_full(n % T::kKvBuffers), n / T::kKvBuffers & 1);
-    if (lane == 0) device::mbarrier_arrive(s.kv_empty(n % T::kKvBuffers));
-  }
-  device::cp_async_commit();
-  device::cp_async_wait<0>();
-}
-
 // ---- Consumer warps ----
+
+// What the consumers have of an item.
+struct ItemView {
+  const int* entries;
+  int num_rows;
+  int first_slot;  // slot of the partial row of an entry, less the entry
+  int diag_token, last_key;
+  uint32_t k, v;  // operands (panels_sm90.cuh)
+  // Of the window of its rows, where they are packed.
+  uint32_t window_code = 0;
+  float first_step = 1.f, step = 1.f;
+  bool is_far = false, has_special = false;
+};
 
 // Starts S = Q K^T of a tile.
 template <class T>
-__device__ __forceinline__ void start_scores(const WgmmaSmem<T>& s, uint32_t kv, int group, int use,
-                                             float (&acc)[32]) {
-  const Ring<T> ring(use);
+__device__ __forceinline__ void start_scores(const WgmmaSmem<T>& s, const ItemView& item, int group,
+                                             const Ring<T>& ring, float (&acc)[32]) {
+  const uint32_t q = device::k_major(s.stage(group, ring.stage));
+  const uint32_t k = __shfl_sync(kFullMask, item.k, 0);  // known to be uniform here
   device::mbarrier_wait(s.q_full(group, ring.stage), ring.parity);
   device::fence_async_proxy();
   device::wgmma_fence();
-  device::panel_product<typename T::Element>(acc, s.stage(group, ring.stage), kv);
+#pragma unroll
+  for (int kk = 0; kk < T::kD / 16; ++kk) {
+    const uint32_t at = (kk / 4 * T::kPanelBytes + kk % 4 * 32) >> 4;
+    device::wgmma_ss_m64n64k16<typename T::Element>(acc, device::descriptor(q + at),
+                                                    device::descriptor(k + at), kk > 0);
+  }
   device::wgmma_commit();
 }
 
@@ -278,68 +98,73 @@ __device__ __forceinline__ void softmax(float (&acc)[32], float scale_log2, floa
   }
 }
 
+// One of a lane's two rows in 12 bits a value: words of three chunks of 16 bytes.
+template <class Element>
+__device__ __forceinline__ void pack_row(const float (&o)[64], int half, float scale,
+                                         bool has_special, uint4 (&chunk)[3]) {
+  uint32_t host[4][3], hidden[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float* x = o + i * 4 + half * 2;
+    const auto pair = [&](int k) {
+      return device::pack_pair<Element>(x[16 * k] * scale, x[16 * k + 1] * scale);
+    };
+#pragma unroll
+    for (int k = 0; k < 3; ++k) host[i][k] = pair(k);
+    hidden[i] = pair(3);
+  }
+  if (has_special) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) keep_special(host[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) hide_pair(hidden[i], host[i]);
+#pragma unroll
+  for (int k = 0; k < 3; ++k) chunk[k] = {host[0][k], host[1][k], host[2][k], host[3][k]};
+}
+
 // Normalised rows to the partial rows, in the order of fragment_chunk().
 template <class T>
 __device__ __forceinline__ void write_tile(const FwdArgs& a, const float (&o)[64],
-                                           const float (&scale)[2], int out_row, int lane) {
+                                           const float (&scale)[2], bool has_special, int out_row,
+                                           int lane) {
   using Element = typename T::Element;
-  const uint64_t policy = device::l2_evict_first();
-  constexpr int kBytes = T::kIsPacked ? kPackedRowBytes : T::kRowBytes;
+  constexpr int kBytes = T::kIsPacked ? kPackedRowBytes : T::kRowBytes, kChunks = kBytes / 64;
   char* partial = static_cast<char*>(a.partial) + lane % 4 * 16;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int to = __shfl_sync(kFullMask, out_row, half * 8 + lane / 4);
     if (to < 0) continue;
-    char* row = partial + int64_t{to} * kBytes;
+    uint4 chunk[kChunks];
     if constexpr (T::kIsPacked) {
-      uint32_t host[4][3], hidden[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* x = o + i * 4 + half * 2;
-        const auto pair = [&](int k) {
-          return device::pack_pair<Element>(x[16 * k] * scale[half], x[16 * k + 1] * scale[half]);
-        };
-        hidden[i] = pair(3);
-#pragma unroll
-        for (int k = 0; k < 3; ++k) host[i][k] = pair(k);
-        hide_pair(hidden[i], host[i]);
-      }
-#pragma unroll
-      for (int k = 0; k < 3; ++k) {
-        device::store_global_u128_hint(row + k * 64,
-                                       {host[0][k], host[1][k], host[2][k], host[3][k]}, policy);
-      }
+      pack_row<Element>(o, half, scale[half], has_special, chunk);
     } else {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        device::store_global_u128_hint(row + k * 64,
-                                       fragment_chunk<Element>(o, k, half, scale[half]), policy);
-      }
+      for (int k = 0; k < 4; ++k) chunk[k] = fragment_chunk<Element>(o, k, half, scale[half]);
     }
+    auto* row = reinterpret_cast<uint4*>(partial + int64_t{to} * kBytes);
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) __stcs(row + k * 4, chunk[k]);
   }
 }
 
 // One warp of a consumer group: 16 rows of one tile.
 template <class T>
 __device__ __forceinline__ void consume_tile(const FwdArgs& a, const WgmmaSmem<T>& s,
-                                             const Item& item, const ItemRows& at,
-                                             const int* entries, int tile, uint32_t kv,
-                                             const Window& window, int group, int use, int row0,
-                                             int lane) {
-  const Ring<T> ring(use);
+                                             const ItemView& item, int tile, const Ring<T>& ring,
+                                             int warp, int lane) {
+  const int group = warp / 4, row0 = warp % 4 * T::kRows;
   float acc[32];
-  start_scores<T>(s, kv, group, use, acc);
+  start_scores<T>(s, item, group, ring, acc);
   // Meanwhile: where the rows go (lane r owns row r), and how far they see.
   const int row = tile * T::kTileRows + row0 + lane;
-  int out_row = -1, limit = item.num_keys - 1;
-  if (lane < T::kRows && row < at.num_rows) {
-    const int e = a.space.group_div.quotient(row), entry = entries[e];
-    const int token = a.space.topk_div.quotient(entry);
-    const int slot = at.partial_slot(a.space, token, a.space.topk_div.remainder(entry, token));
-    const int h = a.space.group_div.remainder(row, e);
+  int out_row = -1, limit = item.last_key;
+  if (lane < T::kRows && row < item.num_rows) {
+    const int e = a.space.group_div.quotient(row), entry = item.entries[e];
+    const int h = a.space.group_div.remainder(row, e), slot = item.first_slot + entry;
     out_row = slot * a.space.group + h;
     if (a.marks != nullptr && h == 0) a.marks[slot] = 1;
-    limit = min(token - item.diag_token, limit);
+    limit = min(a.space.topk_div.quotient(entry) - item.diag_token, limit);
   }
   const bool is_masked = __any_sync(kFullMask, limit < T::kKeys - 1);
   device::wgmma_wait_group<0>();
@@ -354,8 +179,7 @@ __device__ __forceinline__ void consume_tile(const FwdArgs& a, const WgmmaSmem<T
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
     device::wgmma_m64n128k16_mn_major<typename T::Element>(
-        o, prob[kk], device::wgmma_descriptor(kv + T::kTileBytes + kk * 2048, T::kPanelBytes),
-        kk > 0);
+        o, prob[kk], device::descriptor(item.v + kk * (2048 >> 4)), kk > 0);
   }
   device::wgmma_commit();
   const float total0 = device::quad_sum(sum[0]), total1 = device::quad_sum(sum[1]);
@@ -365,49 +189,75 @@ __device__ __forceinline__ void consume_tile(const FwdArgs& a, const WgmmaSmem<T
   const float2 high = {__shfl_sync(kFullMask, top[1], owner),
                        __shfl_sync(kFullMask, total1, owner)};
   float2 stats = lane < 8 ? low : high;
-  if constexpr (T::kIsPacked) stats = pack_stats(stats.x, stats.y, window.code());
+  if constexpr (T::kIsPacked) stats = pack_stats(stats.x, stats.y, item.window_code);
   if (out_row >= 0) __stcs(a.partial_stats + out_row, stats);
-  float scale[2] = {__fdividef(1.f, total0), __fdividef(1.f, total1)};
+  float scale[2] = {device::reciprocal_approx(total0), device::reciprocal_approx(total1)};
+  if constexpr (T::kIsPacked) {
+    scale[0] *= item.step;
+    scale[1] *= item.step;
+  }
   device::wgmma_wait_group<0>();
   device::pin_registers(o);
   if constexpr (T::kIsPacked) {
-    if (window.is_far()) {
-      const float down = window.first_step();
+    if (item.is_far) {
 #pragma unroll
-      for (int i = 0; i < 64; ++i) o[i] *= down;
+      for (int i = 0; i < 64; ++i) o[i] *= item.first_step;
     }
-    const float down = window.step();
-    scale[0] *= down;
-    scale[1] *= down;
   }
-  write_tile<T>(a, o, scale, out_row, lane);
+  write_tile<T>(a, o, scale, item.has_special, out_row, lane);
 }
 
 // Where a consumer warp stands in the tiles that are dealt out over all items.
+template <class T>
 struct TileCursor {
   int first_tile;  // of the next item
-  int use;         // tiles taken so far
+  Ring<T> ring;
 };
+
+// The item in buffer n % kKvBuffers, which has landed.
+template <class T>
+__device__ __forceinline__ ItemView view_item(const FwdArgs& a, const WgmmaSmem<T>& s,
+                                              const Item& item, int n, int buffer) {
+  const int segment = a.space.first_segment + item.segment;
+  const int range = segment - a.ranges_div.quotient(segment) * a.space.num_ranges;
+  ItemView x;
+  x.entries = s.entries(n % T::kEntryBuffers);
+  x.num_rows = item.count * a.space.group;
+  // A block is one part here, so that the places of a segment are numbered as its entries are.
+  x.first_slot = (item.segment - range) * a.space.range * a.space.partials;
+  x.diag_token = item.diag_token;
+  x.last_key = item.num_keys - 1;
+  x.k = device::k_major(s.kv(buffer));
+  x.v = device::mn_major(s.kv(buffer) + T::kTileBytes);
+  if constexpr (T::kIsPacked) {
+    const Window window = s.windows()[buffer];
+    x.window_code = window.code();
+    x.step = window.step();
+    x.is_far = window.is_far();
+    x.first_step = window.first_step();
+    x.has_special = window.has_special;
+  }
+  return x;
+}
 
 // Item n; returns false behind the last one. kBuffer = n % kKvBuffers is a constant, so that addresses
 // and descriptors of K and V are too.
 template <class T, int kBuffer>
 __device__ __forceinline__ bool consume_item(const FwdArgs& a, const WgmmaSmem<T>& s, int n,
-                                             TileCursor& cursor, int warp, int lane) {
-  const int group = warp / 4, row0 = warp % 4 * T::kRows, entry_buffer = n % T::kEntryBuffers;
+                                             TileCursor<T>& cursor, int warp, int lane) {
+  const int entry_buffer = n % T::kEntryBuffers;
   device::mbarrier_wait(s.item_full(entry_buffer), n / T::kEntryBuffers & 1);
   const Item item = s.items()[entry_buffer];
   if (item.count == 0) return false;
-  const ItemRows at(a.space, item);
-  const int num_tiles = (at.num_rows + T::kTileRows - 1) / T::kTileRows;
   device::mbarrier_wait(s.kv_full(kBuffer), n / T::kKvBuffers & 1);
   if constexpr (T::kIsPacked) {
     device::mbarrier_wait(s.window_full(kBuffer), n / T::kKvBuffers & 1);
   }
+  const ItemView view = view_item<T>(a, s, item, n, kBuffer);
+  const int num_tiles = (view.num_rows + T::kTileRows - 1) / T::kTileRows;
   int tile = cursor.first_tile;
-  for (; tile < num_tiles; tile += T::kGroups, ++cursor.use) {
-    consume_tile<T>(a, s, item, at, s.entries(entry_buffer), tile, s.kv(kBuffer),
-                    s.windows()[kBuffer], group, cursor.use, row0, lane);
+  for (; tile < num_tiles; tile += T::kGroups, cursor.ring.advance()) {
+    consume_tile<T>(a, s, view, tile, cursor.ring, warp, lane);
   }
   cursor.first_tile = tile - num_tiles;
   __syncwarp();  // all lanes are done with the entries
@@ -419,7 +269,7 @@ template <class T>
 __device__ __forceinline__ void consume(const FwdArgs& a, const WgmmaSmem<T>& s, int warp,
                                         int lane) {
   static_assert(T::kKvBuffers == 2);
-  TileCursor cursor{warp / 4, 0};
+  TileCursor<T> cursor{warp / 4, {}};
   for (int n = 0;; n += 2) {
     if (!consume_item<T, 0>(a, s, n, cursor, warp, lane)) break;
     if (!consume_item<T, 1>(a, s, n + 1, cursor, warp, lane)) break;
