@@ -83,8 +83,11 @@ PagedChoice choose_append_chunk(const PagedProblem& p, const DeviceInfo& device)
   if (p.cmp_page_size == 0 || p.compress_kind == CompressKind::kLinear || p.overwrites_raw_keys) {
     return choice;
   }
-  constexpr size_t kStatic = 8192;  // shared memory beside the weights
-  if (static_cast<size_t>(paged_append_chunk_smem(p.kernel_size)) + kStatic > device.smem_per_cta) {
+  constexpr size_t kStatic = 4096;  // shared memory that is not counted by the table
+  const int64_t smem =
+      paged_append_chunk_smem(p.kernel_size, p.kernel_stride, p.head_dim, p.head_dim_v);
+  if (static_cast<size_t>(smem) + kStatic > device.smem_per_cta) {
+    choice.reason = "the device has too little shared memory for the windows of a chunk";
     return choice;
   }
   choice.row = find_paged_copy_row(p.dtype);

@@ -199,7 +199,7 @@ PagedAttnPlan make_paged_attn_plan(const PagedProblem& problem, const DeviceInfo
     const size_t o = rows_bytes(problem, problem.total_q, problem.num_heads_q, problem.head_dim_v);
     const size_t lse = static_cast<size_t>(problem.total_q * problem.num_heads_q) *
                        size_of(stats_dtype(problem.dtype));
-    for (Region* region : {&plan.o_cmp, &plan.o_sel, &plan.o_win}) *region = layout.add(o);
+    for (Region* region : {&plan.o_cmp, &plan.o_win}) *region = layout.add(o);
     for (Region* region : {&plan.lse_cmp, &plan.lse_sel, &plan.lse_win}) *region = layout.add(lse);
     plan.workspace_cap = problem.workspace_cap;
     scratch = plan.steps.workspace_bytes;

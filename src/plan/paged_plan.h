@@ -46,7 +46,7 @@ struct PagedAttnPlan {
   bool reads_pages = false;      // of tokens: selected and window attention do
   bool reads_cmp_pages = false;  // compressed attention and select_blocks do
   PagedCopies copies;
-  Region o_cmp, o_sel, o_win, lse_cmp, lse_sel, lse_win;
+  Region o_cmp, o_win, lse_cmp, lse_sel, lse_win;  // selected attention writes to o
   NsaFwdPlan steps;
   size_t workspace_cap = 0;
   Region scratch;

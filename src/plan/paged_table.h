@@ -64,9 +64,20 @@ constexpr int64_t paged_append_smem(int64_t kernel_size, int64_t head_dim, int64
          (kernel_size + kDecodeMaxQueries - 1) * (head_dim + head_dim_v) * 2;
 }
 
-// Shared memory of paged_append of chunks: the weights of a window.
-constexpr int64_t paged_append_chunk_smem(int64_t kernel_size) {
-  return round_up(kernel_size, int64_t{4}) * 4;
+// paged_append of chunks: the strides that a CTA takes of a sequence, and the tokens of their windows.
+constexpr int64_t paged_append_chunk_units(int64_t kernel_stride) {
+  return kernel_stride < 64 ? 64 / kernel_stride : 1;
+}
+constexpr int64_t paged_append_chunk_rows(int64_t kernel_size, int64_t kernel_stride) {
+  return (paged_append_chunk_units(kernel_stride) - 1) * kernel_stride + kernel_size;
+}
+
+// Its shared memory: the weights of a window; of each token two addresses and its elements.
+constexpr int64_t paged_append_chunk_smem(int64_t kernel_size, int64_t kernel_stride,
+                                          int64_t head_dim, int64_t head_dim_v) {
+  const int64_t row_bytes = 16 + 2 * (head_dim > head_dim_v ? head_dim : head_dim_v);
+  return round_up(kernel_size, int64_t{4}) * 4 +
+         paged_append_chunk_rows(kernel_size, kernel_stride) * row_bytes;
 }
 
 // Shared memory of the linear kind of paged_append: one window in fp32.

@@ -118,11 +118,9 @@ Packing packing_of(const PagedGatherParams& gather) {
 }
 
 AttnFwdTensors branch_tensors(const PagedAttnParams& params, const Packing& packing, const Rows& k,
-                              const Rows& v, void* o, void* lse) {
-  const AttnShape& shape = params.shape;
-  const Rows out{o, shape.num_heads_q * shape.head_dim_v, shape.head_dim_v};
+                              const Rows& v, const Rows& o, void* lse) {
   return {
-      packing, shape, params.q, k, v, out, {lse, packing.total_q}
+      packing, params.shape, params.q, k, v, o, {lse, packing.total_q}
   };
 }
 
@@ -152,23 +150,25 @@ NsaFwdParams step_params(const PagedAttnPlan& plan, const PagedAttnParams& param
       packing.batch * num_windows(packing.max_k, params.kernel_size, params.kernel_stride);
   Packing packing_cmp = packing;
   packing_cmp.total_k = rows_cmp * params.kernel_stride;
+  const AttnShape& shape = params.shape;
+  const auto out = [&](const Region& region) {
+    return rows_in(workspace, region, shape.num_heads_q, shape.head_dim_v);
+  };
   NsaFwdParams steps{};
-  steps.compressed.attn =
-      branch_tensors(params, packing_cmp, gather.k_cmp, gather.v_cmp,
-                     data_in(workspace, plan.o_cmp), data_in(workspace, plan.lse_cmp));
+  steps.compressed.attn = branch_tensors(params, packing_cmp, gather.k_cmp, gather.v_cmp,
+                                         out(plan.o_cmp), data_in(workspace, plan.lse_cmp));
   steps.compressed.mask = {gather.cu_cmp, rows_cmp, params.kernel_size, params.kernel_stride};
   steps.select =
       select_params(params, steps.compressed.attn, steps.compressed.mask, params.topk_idx);
-  steps.selected.attn =
-      branch_tensors(params, packing, gather.k, gather.v, data_in(workspace, plan.o_sel),
-                     data_in(workspace, plan.lse_sel));
+  // Every element of o is written by who has read that of selected attention.
+  steps.selected.attn = branch_tensors(params, packing, gather.k, gather.v, params.o,
+                                       data_in(workspace, plan.lse_sel));
   steps.selected.mask = {params.topk_idx,   packing.total_q * params.topk,
                          params.topk,       params.topk,
                          params.block_size, BlockIndexView{}};
   steps.selected.workspace_cap = plan.workspace_cap;
-  steps.window.attn =
-      branch_tensors(params, packing, gather.k, gather.v, data_in(workspace, plan.o_win),
-                     data_in(workspace, plan.lse_win));
+  steps.window.attn = branch_tensors(params, packing, gather.k, gather.v, out(plan.o_win),
+                                     data_in(workspace, plan.lse_win));
   steps.window.mask = {params.window_size};
   if (plan.reads_pages) {
     set_pages(steps.selected, params.cache);
@@ -178,7 +178,6 @@ NsaFwdParams step_params(const PagedAttnPlan& plan, const PagedAttnParams& param
     set_pages(steps.compressed, params.cmp);
     set_pages(steps.select, params.cmp);
   }
-  const AttnShape& shape = params.shape;
   steps.gate = {
       {shape.dtype, packing.total_q, shape.num_heads_q, shape.head_dim_v, params.activation},
       steps.compressed.attn.o,

@@ -191,10 +191,10 @@ TEST(regions_are_disjoint_and_aligned) {
     problem.total_q = 450;
     const PagedAttnPlan plan = make_paged_attn_plan(problem, device_of(device));
     const PagedCopies& copies = plan.copies;
-    const Region regions[] = {plan.topk_idx, copies.k,     copies.v,      copies.k_cmp,
-                              copies.v_cmp,  copies.cu_k,  copies.cu_cmp, copies.q_offset,
-                              plan.o_cmp,    plan.o_sel,   plan.o_win,    plan.lse_cmp,
-                              plan.lse_sel,  plan.lse_win, plan.scratch};
+    const Region regions[] = {plan.topk_idx, copies.k,    copies.v,      copies.k_cmp,
+                              copies.v_cmp,  copies.cu_k, copies.cu_cmp, copies.q_offset,
+                              plan.o_cmp,    plan.o_win,  plan.lse_cmp,  plan.lse_sel,
+                              plan.lse_win,  plan.scratch};
     size_t end = 0;
     for (const Region& region : regions) {
       EXPECT_EQ(region.offset % kWorkspaceAlignment, 0);

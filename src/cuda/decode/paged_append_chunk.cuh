@@ -2,18 +2,17 @@
 // a raw key.
 //
 // Math     paged_append.cuh; sums in the order of compress_kv.
-// Tiles    a unit is d tokens of a sequence and the window that starts with them. One CTA: 8 or 16 units of one
-//          (tensor, head), 16 or 32 lanes a unit, 16 bytes a lane. A token is read by the l / d units whose
-//          windows have it, from L1 after the first.
+// Tiles    a unit is d tokens of a sequence and the window that starts with them. One CTA: 64 tokens (their
+//          units) of one (tensor, head), with the l - d tokens behind them, in shared memory; 16 or 32
+//          lanes a token or a unit, 16 bytes a lane.
 // Order    none: windows read new tokens where the caller has them, old ones in rows that nobody writes.
-// Bound    HBM: new tokens read and written once.
+// Bound    HBM: new tokens read and written once. All copies of a CTA are under way at once.
 #pragma once
 #include "cuda/decode/paged_append.cuh"
 
 namespace fsattn {
 
-inline constexpr int kChunkThreads = 256;
-inline constexpr int kChunkLoads = 8;  // in flight a thread
+inline constexpr int kChunkThreads = 128;
 
 // Where the units of sequence `seq` begin among those of a call, of which a sequence of n tokens has at most
 // n / d + kernel_size / d + 1.
@@ -60,85 +59,131 @@ __device__ __forceinline__ Vector8<Element> pool_pos_emb(const PagedAppendParams
   return bias;
 }
 
-// Eight columns of a unit: the weighted sum of its window; where kStores, its new tokens go to their pages.
+// A token of a CTA: where it is (null: zeros) and the page row that it goes to (null: none).
+template <class Element>
+struct ChunkRow {
+  const Element* from;
+  Element* to;
+};
+
+// Token `t` of unit `slot`.
 template <class Element, bool kStores>
-__device__ __forceinline__ Vector8<Element> pool_unit(const PagedWriteParams& w,
-                                                      const ChunkUnit& unit, int head,
-                                                      bool is_value, const float* weights,
-                                                      int column) {
+__device__ __forceinline__ ChunkRow<Element> find_chunk_row(const PagedAppendParams& p,
+                                                            int64_t slot, int t, int head,
+                                                            bool is_value) {
+  const PagedWriteParams& w = p.write;
+  const ChunkUnit unit = find_chunk_unit(p, slot);
   const PagedSpan s = find_span(w.packing, unit.seq);
-  const int size = static_cast<int>(w.kernel_size), stride = static_cast<int>(w.kernel_stride);
-  const int first = unit.window * stride;
-  const int count = unit.completes_window ? size : (kStores ? min(stride, s.total - first) : 0);
-  const Rows& rows = is_value ? w.v : w.k;
+  const int token = unit.window * static_cast<int>(w.kernel_stride) + t;
+  ChunkRow<Element> row{};
+  if (!unit.exists || token >= s.total) return row;
+  row.from = window_row<Element>(w, s, unit.seq, head, token, is_value);
+  if (!kStores || token < s.before) return row;
+  const PagePlace place = find_page(w.cache.table, unit.seq, token);
+  if (place.page < 0) return row;
   const PagedRows& pages = is_value ? w.cache.v : w.cache.k;
-  Vector8<Element> y;
-  for (int t0 = 0; t0 < count; t0 += kChunkLoads) {
-    uint4 tokens[kChunkLoads];
-#pragma unroll
-    for (int i = 0; i < kChunkLoads; ++i) {
-      const int token = first + t0 + i;
-      const Element* from =
-          row_pointer<Element>(rows, int64_t{s.first_row} + token - s.before, head);
-      if (token < s.before && t0 + i < count) {
-        from = window_row<Element>(w, s, unit.seq, head, token, is_value);
-      }
-      tokens[i] = uint4{};
-      if (t0 + i < count && from != nullptr) {
-        tokens[i] = *reinterpret_cast<const uint4*>(from + column);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kChunkLoads; ++i) {
-      const int t = t0 + i;
-      if (t >= count) break;
-      if (kStores && t < stride && first + t >= s.before) {
-        const PagePlace place = find_page(w.cache.table, unit.seq, first + t);
-        if (place.page >= 0) {
-          *reinterpret_cast<uint4*>(page_row<Element>(pages, place.page, place.row, head) +
-                                    column) = tokens[i];
-        }
-      }
-      if (unit.completes_window) y.add_scaled(weights[t], Vector8<Element>::unpack(tokens[i]));
-    }
-  }
-  return y;
+  row.to = page_row<Element>(pages, place.page, place.row, head);
+  return row;
 }
 
-}  // namespace device
+// What a CTA has in dynamic shared memory.
+template <class Element>
+struct ChunkMemory {
+  float* weights;          // [l]
+  ChunkRow<Element>* row;  // [rows]
+  Element* tokens;         // [rows, dim]
 
-// Grid (units, KV heads, K and V). Dynamic shared memory: fp32 weights [l].
-template <class Element, bool kStores>
-__global__ void __launch_bounds__(kChunkThreads)
-    paged_append_chunk_kernel(const __grid_constant__ PagedAppendParams p) {
-  using namespace device;
-  extern __shared__ __align__(16) float weights[];
-  __shared__ __align__(16) Element rounded[kChunkThreads * kVector];
+  __device__ __forceinline__ ChunkMemory(float* memory, int size, int rows)
+      : weights(memory),
+        row(reinterpret_cast<ChunkRow<Element>*>(memory + round_up(size, 4))),
+        tokens(reinterpret_cast<Element*>(row + rows)) {}
+};
+
+// The window of a unit whose first token is `tokens`, by the lanes of a row; `staged` is theirs.
+template <class Element>
+__device__ __forceinline__ void store_chunk_window(const PagedAppendParams& p,
+                                                   const ChunkUnit& unit, int head, bool is_value,
+                                                   const Element* tokens, const float* weights,
+                                                   Element* staged, int dim, int lane) {
   const PagedWriteParams& w = p.write;
-  const int lanes = paged_lanes(w.shape), row = static_cast<int>(threadIdx.x) / lanes;
-  const int lane = static_cast<int>(threadIdx.x) % lanes, column = lane * kVector;
-  const int head = blockIdx.y;
-  const bool is_value = blockIdx.z == 1;
-  load_window_weights<Element>(p.kind, is_value ? p.weight_v : p.weight_k,
-                               static_cast<int>(w.kernel_size), head, weights);
-  __syncthreads();
-  const ChunkUnit unit = find_chunk_unit(p, int64_t{blockIdx.x} * (kChunkThreads / lanes) + row);
-  const int dim = static_cast<int>(is_value ? w.shape.head_dim_v : w.shape.head_dim);
-  Element* staged = rounded + row * lanes * kVector;
-  if (unit.exists && column < dim) {
-    auto y = pool_unit<Element, kStores>(w, unit, head, is_value, weights, column);
-    if (unit.completes_window && !is_value && p.pos_emb != nullptr) {
+  const int column = lane * kVector;
+  if (column < dim) {
+    Vector8<Element> y;
+#pragma unroll 4
+    for (int t = 0; t < static_cast<int>(w.kernel_size); ++t) {
+      y.add_scaled(weights[t], Vector8<Element>::load(tokens + t * dim + column));
+    }
+    if (!is_value && p.pos_emb != nullptr) {
       y.add_scaled(1.f, pool_pos_emb<Element>(p, head, weights, column));
     }
     y.store(staged + column);
   }
-  __syncwarp();
-  if (!unit.exists || !unit.completes_window) return;
+  const int lanes = paged_lanes(w.shape);
+  __syncwarp(lanes == kWarpSize ? kFullMask : 0xffffu << (threadIdx.x % kWarpSize & 16));
   Element* to = compressed_row<Element>(p, unit.seq, head, unit.window, is_value);
   if (!is_value) {
     copy_rotated(staged, to, dim, w.rope, unit.window * static_cast<int>(w.kernel_stride), lane);
   } else if (column < dim) {
     copy_vector(staged, to, column);
+  }
+  __syncwarp(lanes == kWarpSize ? kFullMask : 0xffffu << (threadIdx.x % kWarpSize & 16));
+}
+
+}  // namespace device
+
+// Grid (groups of units, heads fastest; K and V). kStores: new tokens go to their pages. The limit of
+// registers lets ten CTAs fit an SM.
+template <class Element, bool kStores>
+__global__ void __launch_bounds__(kChunkThreads, kStores ? 10 : 1)
+    paged_append_chunk_kernel(const __grid_constant__ PagedAppendParams p, int units) {
+  using namespace device;
+  extern __shared__ __align__(16) float chunk_memory[];
+  __shared__ __align__(16) Element rounded[kChunkThreads * kVector];
+  const PagedWriteParams& w = p.write;
+  const int heads = static_cast<int>(w.shape.num_heads_kv);
+  const int tile = static_cast<int>(blockIdx.x) / heads;
+  const int head = static_cast<int>(blockIdx.x) - tile * heads;
+  const bool is_value = blockIdx.y == 1;
+  const int size = static_cast<int>(w.kernel_size), stride = static_cast<int>(w.kernel_stride);
+  const int own = units * stride, rows = own + size - stride;
+  const int dim = static_cast<int>(is_value ? w.shape.head_dim_v : w.shape.head_dim);
+  const int64_t first_slot = int64_t{tile} * units;
+  const ChunkMemory<Element> memory(chunk_memory, size, rows);
+  for (int r = threadIdx.x; r < rows; r += kChunkThreads) {
+    const int unit = r / stride;
+    memory.row[r] =
+        find_chunk_row<Element, kStores>(p, first_slot + unit, r - unit * stride, head, is_value);
+  }
+  load_window_weights<Element>(p.kind, is_value ? p.weight_v : p.weight_k, size, head,
+                               memory.weights);
+  __syncthreads();
+  const int lanes = paged_lanes(w.shape), groups = kChunkThreads / lanes;
+  const int group = static_cast<int>(threadIdx.x) / lanes;
+  const int lane = static_cast<int>(threadIdx.x) - group * lanes, column = lane * kVector;
+  if (column < dim) {
+#pragma unroll 4
+    for (int r = group; r < rows; r += groups) {
+      const Element* from = memory.row[r].from;
+      const bool is_there = from != nullptr;
+      cp_async_16(smem_address(memory.tokens + r * dim + column),
+                  is_there ? from + column : w.k.data, is_there);
+    }
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  if (kStores && column < dim) {
+#pragma unroll 4
+    for (int r = group; r < own; r += groups) {
+      Element* to = memory.row[r].to;
+      if (to != nullptr) copy_vector(memory.tokens + r * dim, to, column);
+    }
+  }
+  for (int u = group; u < units; u += groups) {
+    const ChunkUnit unit = find_chunk_unit(p, first_slot + u);
+    if (!unit.exists || !unit.completes_window) continue;
+    store_chunk_window<Element>(p, unit, head, is_value, memory.tokens + u * stride * dim,
+                                memory.weights, rounded + group * lanes * kVector, dim, lane);
   }
 }
 
@@ -152,14 +197,15 @@ void launch_paged_append_chunk(const PagedAppendParams& p, Stream stream) {
   const bool stores = w.rope.cos == nullptr;
   const int64_t units =
       first_chunk_unit(w.packing.total_q, w.packing.batch, w.kernel_size, w.kernel_stride);
-  const int64_t per_cta = kChunkThreads / paged_lanes(w.shape);
-  const dim3 grid(static_cast<unsigned>(ceil_div(units, per_cta)),
-                  static_cast<unsigned>(w.shape.num_heads_kv), 2);
+  const int64_t per_cta = paged_append_chunk_units(w.kernel_stride);
+  const dim3 grid(static_cast<unsigned>(ceil_div(units, per_cta) * w.shape.num_heads_kv), 2);
   const auto kernel =
       stores ? paged_append_chunk_kernel<Element, true> : paged_append_chunk_kernel<Element, false>;
-  const int smem = static_cast<int>(paged_append_chunk_smem(w.kernel_size));
+  const int smem = static_cast<int>(paged_append_chunk_smem(w.kernel_size, w.kernel_stride,
+                                                            w.shape.head_dim, w.shape.head_dim_v));
   allow_shared_memory(kernel, smem);
-  kernel<<<grid, kChunkThreads, static_cast<size_t>(smem), cuda_stream>>>(p);
+  kernel<<<grid, kChunkThreads, static_cast<size_t>(smem), cuda_stream>>>(
+      p, static_cast<int>(per_cta));
   if (!stores) {
     paged_store_kernel<Element>
         <<<paged_ctas(w.packing.total_q, w.shape), kPagedThreads, 0, cuda_stream>>>(w);

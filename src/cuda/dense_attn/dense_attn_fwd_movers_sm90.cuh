@@ -93,22 +93,36 @@ __device__ __forceinline__ void release_work(const DenseFwdSm90Smem<Traits>& sme
   if (threadIdx.x % device::kWarpSize == 0) device::mbarrier_arrive(smem.work_empty(tile));
 }
 
-// Starts the copy of a tile of K or V, which arrives on `bar`: from pages by the first two lanes, half of it
-// each, else by the first one.
-template <class Traits>
+// Starts the copy of a tile of K or V, which arrives on `bar`; one thread does it, since threads of a warp would
+// start theirs one after the other. Pages hold halves of a tile.
+template <class Traits, bool kPaged>
 __device__ __forceinline__ void copy_keys(const DenseFwdSm90Smem<Traits>& smem,
                                           const CUtensorMap* map, int operand, int stage, int head,
-                                          int row, uint32_t bar) {
+                                          const int (&rows)[2], uint32_t bar) {
   static_assert(Traits::kTileKv == 2 * kDensePageKeys);
-  const int lane = threadIdx.x % device::kWarpSize;
   const uint64_t policy = device::l2_evict_last();
-  if (lane == 0) device::mbarrier_arrive_expect(bar, Traits::kKvBytes);
+  device::mbarrier_arrive_expect(bar, Traits::kKvBytes);
 #pragma unroll
   for (int panel = 0; panel < 2; ++panel) {
-    device::tma_load_3d(
-        smem.keys(operand, stage) + panel * Traits::kPanelBytes + lane * (Traits::kPanelBytes / 2),
-        map, panel * device::kTmaColumns, head, row, bar, policy);
+    const uint32_t to = smem.keys(operand, stage) + panel * Traits::kPanelBytes;
+#pragma unroll
+    for (int half = 0; half < (kPaged ? 2 : 1); ++half) {
+      device::tma_load_3d(to + half * (Traits::kPanelBytes / 2), map, panel * device::kTmaColumns,
+                          head, rows[half], bar, policy);
+    }
   }
+}
+
+// Where the keys of 16 tiles are in the pages, from that of step `step` of a tile of queries on: lane 2 i + h
+// has half h of the i-th.
+inline constexpr int kTilesAhead = device::kWarpSize / 2;
+
+template <class Traits>
+__device__ __forceinline__ int find_rows_ahead(const PagedKeys& pages, const FwdTileWork& work,
+                                               int step, int lane) {
+  const int key = (work.last_key / Traits::kTileKv - step - lane / 2) * Traits::kTileKv +
+                  lane % 2 * kDensePageKeys;
+  return key < 0 ? 0 : device::find_key_row(pages, work.seq, key, work.kv_head);
 }
 
 // One warp brings all tiles of K and V.
@@ -119,29 +133,38 @@ __device__ __forceinline__ void produce(const DenseFwdSm90Smem<Traits>& smem,
                                         uint32_t& tail_parity) {
   using namespace device;
   const int lane = threadIdx.x % kWarpSize;
-  const int stop = work.first_step + work.num_steps;
-  for (int n = work.first_step; n < stop; ++n) {
-    const int key = (work.last_key / Traits::kTileKv - (n - work.first_step)) * Traits::kTileKv;
-    const int stage = n % Traits::kStages, rows = work.num_keys - key;
-    const int row = kPaged
-                        ? find_key_row(pages, work.seq, key + lane * kDensePageKeys, work.kv_head)
-                        : work.key_row + key;
+  int ahead = 0;
+#pragma unroll 1
+  for (int step = 0; step < work.num_steps; ++step) {
+    const int n = work.first_step + step, stage = n % Traits::kStages;
+    const int key = (work.last_key / Traits::kTileKv - step) * Traits::kTileKv;
+    if (kPaged && step % kTilesAhead == 0) {
+      ahead = find_rows_ahead<Traits>(pages, work, step, lane);
+    }
 #pragma unroll
     for (int operand = 0; operand < 2; ++operand) {
+      int rows[2] = {work.key_row + key, 0};
+      if constexpr (kPaged) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          rows[half] = __shfl_sync(kFullMask, ahead, step % kTilesAhead * 2 + half);
+      }
       // The consumers have left the tile that was here before; passes at once in the first round.
       mbarrier_wait(smem.empty(operand, stage), (n / Traits::kStages & 1) ^ 1);
       // A tensor map knows no sequences. P of missing keys is 0, but 0 times what the next sequence
       // has there may be NaN.
-      const bool is_cut = operand == 1 && rows < Traits::kTileKv;
-      if (lane < (kPaged ? 2 : 1)) {
-        copy_keys(smem, operand == 0 ? k_map : v_map, operand, stage,
-                  kPaged && pages.head_rows > 0 ? 0 : work.kv_head, row,
-                  is_cut ? smem.tail() : smem.full(operand, stage));
+      const int left = work.num_keys - key;
+      const bool is_cut = operand == 1 && left < Traits::kTileKv;
+      if (lane == 0) {
+        copy_keys<Traits, kPaged>(smem, operand == 0 ? k_map : v_map, operand, stage,
+                                  kPaged && pages.head_rows > 0 ? 0 : work.kv_head, rows,
+                                  is_cut ? smem.tail() : smem.full(operand, stage));
       }
+      __syncwarp();
       if (!is_cut) continue;
       mbarrier_wait(smem.tail(), tail_parity);
       tail_parity ^= 1;
-      clear_panel_rows<Traits::kTileKv>(smem.keys(operand, stage), rows, lane);
+      clear_panel_rows<Traits::kTileKv>(smem.keys(operand, stage), left, lane);
       fence_async_proxy();
       __syncwarp();
       if (lane == 0) mbarrier_arrive(smem.full(operand, stage));

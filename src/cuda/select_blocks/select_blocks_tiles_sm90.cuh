@@ -137,22 +137,34 @@ __device__ __forceinline__ void publish_item(const SelectSm90<Traits>& cta, cons
   at.advance();
 }
 
-// Row 8 n + 2 q + e of a tile holds window 32 q + 2 n + e: a thread then has 32 windows side by side.
+// Row 8 n + 2 q + e of a tile holds window 32 q + 2 n + e: a thread then has 32 windows side by side. Its
+// producer copies half of those of a span of 32.
+template <class Traits>
+__device__ __forceinline__ int first_window(int tile, int thread) {
+  const int row = thread / 8;
+  return tile * Traits::kTileKv + row / 2 * 32 + row % 2;
+}
+
+// The row of that window. A span of 32 does not cross a page.
+template <class Traits>
+__device__ __forceinline__ int first_key_row(const SelectSm90<Traits>& cta, const SelectWork& work,
+                                             int tile, int thread) {
+  const PagedKeys& pages = cta.p.pages;
+  const int window = first_window<Traits>(tile, thread);
+  return pages.defined() ? find_key_row(pages, work.seq, window, work.kv_head)
+                         : work.first_row + window;
+}
+
 template <class Traits>
 __device__ __forceinline__ void load_keys(const SelectSm90<Traits>& cta, const SelectWork& work,
-                                          int tile, int stage, int thread) {
+                                          int tile, int64_t first, int stage, int thread) {
   using Element = typename Traits::Element;
   const Rows& rows = cta.p.k_cmp;
   const int column = thread % 8 * 8, row = thread / 8;
-  const int window = tile * Traits::kTileKv + row / 2 * 32 + row % 2;
-  // Half the windows of a span of 32, which does not cross a page.
-  const PagedKeys& pages = cta.p.pages;
-  const int64_t first = pages.defined() ? find_key_row(pages, work.seq, window, work.kv_head)
-                                        : work.first_row + window;
   const Element* src = static_cast<const Element*>(rows.data) + first * rows.token_stride +
                        work.kv_head * rows.head_stride + column;
   const int cols = static_cast<int>(cta.p.shape.head_dim) - column;
-  const int left = first < 0 ? 0 : work.num_keys - window;
+  const int left = first < 0 ? 0 : work.num_keys - first_window<Traits>(tile, thread);
   const uint32_t dst = cta.keys(stage) + tile_offset<64>(row, thread % 8);
 #pragma unroll
   for (int n = 0; n < Traits::kTileKv / 8; ++n) {
@@ -173,8 +185,9 @@ __device__ __forceinline__ void produce_keys(const SelectSm90<Traits>& cta, int 
   for_each_item(cta, [&](const SelectItem& item) {
 #pragma unroll 1
     for (int tile = 0; tile < item.num_tiles; ++tile) {
+      const int row = first_key_row(cta, item.work, tile, thread);  // while the stage is in use
       mbarrier_wait(cta.k_empty(at.stage), at.parity ^ 1);
-      load_keys(cta, item.work, tile, at.stage, thread);
+      load_keys(cta, item.work, tile, row, at.stage, thread);
       at.advance();
     }
   });
