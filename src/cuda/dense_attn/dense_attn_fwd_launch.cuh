@@ -29,7 +29,8 @@ void launch_dense_attn_fwd(const AttnFwdTensors& tensors, const device::KeySet& 
     int device = 0, num_sms = 0;
     FSATTN_CUDA_CHECK(cudaGetDevice(&device));
     FSATTN_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-    auto* kernel = dense_attn_fwd_sm90_kernel<Traits>;
+    auto* kernel = keys.pages.defined() ? dense_attn_fwd_sm90_kernel<Traits, true>
+                                        : dense_attn_fwd_sm90_kernel<Traits, false>;
     allow_shared_memory(kernel, Traits::kSmemBytes);
     const auto ctas = static_cast<unsigned>(std::min<int64_t>(tiles, num_sms));
     const AttnShape& shape = tensors.shape;

@@ -93,81 +93,118 @@ __device__ __forceinline__ void release_work(const DenseFwdSm90Smem<Traits>& sme
   if (threadIdx.x % device::kWarpSize == 0) device::mbarrier_arrive(smem.work_empty(tile));
 }
 
-// Starts the copy of a tile of K or V, which arrives on `bar`; one thread does it, since threads of a warp would
-// start theirs one after the other. Pages hold halves of a tile.
-template <class Traits, bool kPaged>
+// Starts the copy of a tile of K or V, which arrives on `bar`. One thread does it: threads of a warp would start
+// theirs one after the other.
+template <class Traits>
 __device__ __forceinline__ void copy_keys(const DenseFwdSm90Smem<Traits>& smem,
                                           const CUtensorMap* map, int operand, int stage, int head,
-                                          const int (&rows)[2], uint32_t bar) {
+                                          int row, uint32_t bar) {
+  const uint64_t policy = device::l2_evict_last();
+  device::mbarrier_arrive_expect(bar, Traits::kKvBytes);
+#pragma unroll
+  for (int panel = 0; panel < 2; ++panel) {
+    device::tma_load_3d(smem.keys(operand, stage) + panel * Traits::kPanelBytes, map,
+                        panel * device::kTmaColumns, head, row, bar, policy);
+  }
+}
+
+// The same from pages, of which each half is in one.
+template <class Traits>
+__device__ __forceinline__ void copy_pages(const DenseFwdSm90Smem<Traits>& smem,
+                                           const CUtensorMap* map, int operand, int stage, int head,
+                                           const int (&rows)[2], uint32_t bar) {
   static_assert(Traits::kTileKv == 2 * kDensePageKeys);
   const uint64_t policy = device::l2_evict_last();
   device::mbarrier_arrive_expect(bar, Traits::kKvBytes);
 #pragma unroll
   for (int panel = 0; panel < 2; ++panel) {
-    const uint32_t to = smem.keys(operand, stage) + panel * Traits::kPanelBytes;
 #pragma unroll
-    for (int half = 0; half < (kPaged ? 2 : 1); ++half) {
-      device::tma_load_3d(to + half * (Traits::kPanelBytes / 2), map, panel * device::kTmaColumns,
-                          head, rows[half], bar, policy);
+    for (int half = 0; half < 2; ++half) {
+      device::tma_load_3d(smem.keys(operand, stage) + panel * Traits::kPanelBytes +
+                              half * (Traits::kPanelBytes / 2),
+                          map, panel * device::kTmaColumns, head, rows[half], bar, policy);
     }
   }
 }
 
-// Where the keys of 16 tiles are in the pages, from that of step `step` of a tile of queries on: lane 2 i + h
-// has half h of the i-th.
+// Where 16 tiles are in the pages, that of keys from `first` on and those before it: lane 2 i + h has half h
+// of the i-th.
 inline constexpr int kTilesAhead = device::kWarpSize / 2;
 
 template <class Traits>
 __device__ __forceinline__ int find_rows_ahead(const PagedKeys& pages, const FwdTileWork& work,
-                                               int step, int lane) {
-  const int key = (work.last_key / Traits::kTileKv - step - lane / 2) * Traits::kTileKv +
-                  lane % 2 * kDensePageKeys;
+                                               int first, int lane) {
+  const int key = first - lane / 2 * Traits::kTileKv + lane % 2 * kDensePageKeys;
   return key < 0 ? 0 : device::find_key_row(pages, work.seq, key, work.kv_head);
 }
 
+// Announces a tile of V that has `rows` rows, once its copy has arrived. A tensor map knows no sequences: P of
+// missing keys is 0, but 0 times what the next sequence has there may be NaN.
+template <class Traits>
+__device__ __forceinline__ void clear_tail(const DenseFwdSm90Smem<Traits>& smem, int stage,
+                                           int rows, int lane, uint32_t& tail_parity) {
+  device::mbarrier_wait(smem.tail(), tail_parity);
+  tail_parity ^= 1;
+  device::clear_panel_rows<Traits::kTileKv>(smem.keys(1, stage), rows, lane);
+  device::fence_async_proxy();
+  __syncwarp();
+  if (lane == 0) device::mbarrier_arrive(smem.full(1, stage));
+}
+
 // One warp brings all tiles of K and V.
-template <class Traits, bool kPaged>
+template <class Traits>
 __device__ __forceinline__ void produce(const DenseFwdSm90Smem<Traits>& smem,
-                                        const PagedKeys& pages, const CUtensorMap* k_map,
-                                        const CUtensorMap* v_map, const FwdTileWork& work,
-                                        uint32_t& tail_parity) {
+                                        const CUtensorMap* k_map, const CUtensorMap* v_map,
+                                        const FwdTileWork& work, uint32_t& tail_parity) {
+  const int lane = threadIdx.x % device::kWarpSize;
+  const int stop = work.first_step + work.num_steps;
+  for (int n = work.first_step; n < stop; ++n) {
+    const int key = (work.last_key / Traits::kTileKv - (n - work.first_step)) * Traits::kTileKv;
+    const int stage = n % Traits::kStages, rows = work.num_keys - key;
+    const int row = work.key_row + key;
+#pragma unroll
+    for (int operand = 0; operand < 2; ++operand) {
+      // The consumers have left the tile that was here before; passes at once in the first round.
+      device::mbarrier_wait(smem.empty(operand, stage), (n / Traits::kStages & 1) ^ 1);
+      const bool is_cut = operand == 1 && rows < Traits::kTileKv;
+      if (lane == 0) {
+        copy_keys(smem, operand == 0 ? k_map : v_map, operand, stage, work.kv_head, row,
+                  is_cut ? smem.tail() : smem.full(operand, stage));
+      }
+      if (is_cut) clear_tail(smem, stage, rows, lane, tail_parity);
+    }
+  }
+}
+
+// The same from pages.
+template <class Traits>
+__device__ __forceinline__ void produce_pages(const DenseFwdSm90Smem<Traits>& smem,
+                                              const PagedKeys& pages, const CUtensorMap* k_map,
+                                              const CUtensorMap* v_map, const FwdTileWork& work,
+                                              uint32_t& tail_parity) {
   using namespace device;
   const int lane = threadIdx.x % kWarpSize;
   int ahead = 0;
 #pragma unroll 1
-  for (int step = 0; step < work.num_steps; ++step) {
-    const int n = work.first_step + step, stage = n % Traits::kStages;
-    const int key = (work.last_key / Traits::kTileKv - step) * Traits::kTileKv;
-    if (kPaged && step % kTilesAhead == 0) {
-      ahead = find_rows_ahead<Traits>(pages, work, step, lane);
-    }
+  for (int i = 0; i < work.num_steps; ++i) {
+    const int n = work.first_step + i, stage = n % Traits::kStages;
+    const int key = (work.last_key / Traits::kTileKv - i) * Traits::kTileKv;
+    const int place = i % kTilesAhead * 2;
+    if (place == 0) ahead = find_rows_ahead<Traits>(pages, work, key, lane);
 #pragma unroll
     for (int operand = 0; operand < 2; ++operand) {
-      int rows[2] = {work.key_row + key, 0};
-      if constexpr (kPaged) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          rows[half] = __shfl_sync(kFullMask, ahead, step % kTilesAhead * 2 + half);
-      }
-      // The consumers have left the tile that was here before; passes at once in the first round.
+      const int page_rows[] = {__shfl_sync(kFullMask, ahead, place),
+                               __shfl_sync(kFullMask, ahead, place + 1)};
       mbarrier_wait(smem.empty(operand, stage), (n / Traits::kStages & 1) ^ 1);
-      // A tensor map knows no sequences. P of missing keys is 0, but 0 times what the next sequence
-      // has there may be NaN.
-      const int left = work.num_keys - key;
-      const bool is_cut = operand == 1 && left < Traits::kTileKv;
+      const int rows = work.num_keys - key;
+      const bool is_cut = operand == 1 && rows < Traits::kTileKv;
       if (lane == 0) {
-        copy_keys<Traits, kPaged>(smem, operand == 0 ? k_map : v_map, operand, stage,
-                                  kPaged && pages.head_rows > 0 ? 0 : work.kv_head, rows,
-                                  is_cut ? smem.tail() : smem.full(operand, stage));
+        copy_pages(smem, operand == 0 ? k_map : v_map, operand, stage,
+                   pages.head_rows > 0 ? 0 : work.kv_head, page_rows,
+                   is_cut ? smem.tail() : smem.full(operand, stage));
       }
       __syncwarp();
-      if (!is_cut) continue;
-      mbarrier_wait(smem.tail(), tail_parity);
-      tail_parity ^= 1;
-      clear_panel_rows<Traits::kTileKv>(smem.keys(operand, stage), left, lane);
-      fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(smem.full(operand, stage));
+      if (is_cut) clear_tail(smem, stage, rows, lane, tail_parity);
     }
   }
 }
@@ -260,7 +297,11 @@ __device__ __forceinline__ void run_producer(const DenseFwdSm90Smem<Traits>& sme
   uint32_t tail_parity = 0;
   for (int tile = 0; schedule.has(tile); ++tile) {
     const FwdTileWork& work = wait_for_work(smem, works, tile);
-    produce<Traits, kPaged>(smem, pages, k_map, v_map, work, tail_parity);
+    if constexpr (kPaged) {
+      produce_pages(smem, pages, k_map, v_map, work, tail_parity);
+    } else {
+      produce(smem, k_map, v_map, work, tail_parity);
+    }
     release_work(smem, tile);
   }
 }

@@ -299,7 +299,8 @@ __device__ __forceinline__ void run_consumer(const DenseFwdSm90Smem<Traits>& sme
   if (lane == 0) bulk_wait_read();
 }
 
-template <class Traits>
+// kPaged: keys.pages are defined. Kernels of their own, so that one does not take registers from the other.
+template <class Traits, bool kPaged>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     dense_attn_fwd_sm90_kernel(const __grid_constant__ AttnFwdTensors p,
                                const __grid_constant__ device::KeySet keys,
@@ -338,11 +339,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kProducerRegisters));
     const int warp = (threadIdx.x - Traits::kConsumerThreads) / kWarpSize;
     if (warp == 0) {
-      if (keys.pages.defined()) {
-        run_producer<Traits, true>(smem, keys.pages, &k_map, &v_map, works, schedule);
-      } else {
-        run_producer<Traits, false>(smem, keys.pages, &k_map, &v_map, works, schedule);
-      }
+      run_producer<Traits, kPaged>(smem, keys.pages, &k_map, &v_map, works, schedule);
     } else if (warp == 1) {
       find_works<Traits>(smem, p, keys, works, schedule);
     } else if (warp == 2 && threadIdx.x % kWarpSize == 0) {
