@@ -14,7 +14,7 @@ struct WgmmaTraits {
   using Element = device::ElementOf<kConfig.dtype>;
   static constexpr int kD = 128, kKeys = 64;
   static_assert(kConfig.head_dim == kD && kConfig.head_dim_v == kD && kConfig.keys == kKeys);
-  static constexpr int kGroups = 3, kStages = 3, kLoaders = kGroups;
+  static constexpr int kGroups = 3, kStages = 2, kLoaders = kGroups;
   static constexpr int kWarps = kGroups * 4, kItemWarp = kWarps + kLoaders;
   static constexpr int kThreads = (kItemWarp + 1) * kWarpSize;
   static constexpr bool kIsPacked = device::kIsBf16<Element>;  // partial rows: partial_row.cuh
@@ -23,7 +23,7 @@ struct WgmmaTraits {
   static constexpr int kStageBytes = kTileRows * kRowBytes;
   static constexpr int kPanelBytes = kKeys * 128;  // 64 columns of K or V
   static constexpr int kTileBytes = 2 * kPanelBytes;
-  static constexpr int kKvBuffers = 2, kEntryBuffers = 3, kMaxEntries = 512;
+  static constexpr int kKvBuffers = 3, kEntryBuffers = kKvBuffers + 1, kMaxEntries = 512;
   static constexpr int kRingOffset = kKvBuffers * 2 * kTileBytes;
   static constexpr int kEntryOffset = kRingOffset + kGroups * kStages * kStageBytes;
   static constexpr int kItemOffset = kEntryOffset + kEntryBuffers * kMaxEntries * 4;
@@ -75,8 +75,8 @@ struct Ring {
 
 // ---- Item warp ----
 
-// Hands item n and its entries to everyone. Its buffer is free: item n - 3 was released by all before
-// K, V of item n - 1 could be loaded.
+// Hands item n and its entries to everyone. Its buffer is free: the item before in it was released by
+// all before K, V of item n - 1 could be loaded.
 template <class T>
 __device__ __forceinline__ void announce_item(const FwdArgs& a, const WgmmaSmem<T>& s,
                                               const Item& item, int n, int lane) {
@@ -207,9 +207,9 @@ __device__ __forceinline__ void load_queries(const FwdArgs& a, const WgmmaSmem<T
       device::cp_async_arrive(s.q_full(group, ring.stage));
     }
     first_tile = tile - num_tiles;
-    // A loader may be two items ahead of the consumers. K and V of item n land only after everyone
-    // released item n - 2, so this wait keeps the arrival for item n out of the barrier phase of
-    // item n - 2.
+    // A loader may be kKvBuffers items ahead of the consumers. K and V of item n land only after
+    // everyone released the item before in their buffer, so this wait keeps the arrival for item n out
+    // of the barrier phase of that one.
     device::mbarrier_wait(s.kv_full(n % T::kKvBuffers), n / T::kKvBuffers & 1);
     if (lane == 0) device::mbarrier_arrive(s.kv_empty(n % T::kKvBuffers));
   }

@@ -3,15 +3,16 @@
 // Math    as selected_attn_fwd_block_major_sm80.cuh.
 // Tiles   one persistent CTA an SM: three consumer warpgroups, each 64 query rows a tile, and a
 //         warpgroup of producers.
-// Roles   loader warp g gathers the query rows of consumer group g with 16-byte cp.async, three tiles
-//         deep, across item borders. The item warp walks the work items: K and V of item n (TMA, two
-//         buffers) and the CSR entries of item n + 1 (three buffers). Tiles are dealt out in turn over
-//         all items of the CTA: every third goes to the same group, into the next stage of its ring.
-// Memory  K, V 2 x 32 KiB, queries 3 groups x 3 stages x 16 KiB (144 KiB), entries 6 KiB; K, V and queries
+// Roles   loader warp g gathers the query rows of consumer group g with 16-byte cp.async, two tiles
+//         deep, across item borders. The item warp walks the work items: K and V of item n (TMA, three
+//         buffers, so that a short item does not wait for them) and the CSR entries of item n + 1 (four
+//         buffers). Tiles are dealt out in turn over all items of the CTA: every third goes to the same
+//         group, into the next stage of its ring.
+// Memory  K, V 3 x 32 KiB, queries 3 groups x 2 stages x 16 KiB (96 KiB), entries 8 KiB; K, V and queries
 //         in panels of 64 columns with the 128-byte swizzle, as wgmma reads them.
 // Regs    S 32, then P 16 + O 64. 16 warps x 128 are the whole register file.
-// Bound   per row and block 256 B read (L2), 264 B written (memory), 32.8 kFLOP. What limits is the
-//         consumers' chain of instructions: docs/kernels/selected_attn.md.
+// Bound   per row and block 256 B read (L2), 200 B (fp16: 264) written (memory), 32.8 kFLOP. What limits is
+//         the consumers' chain of instructions: docs/kernels/selected_attn.md.
 #pragma once
 #include "cuda/device/barrier_sm90.cuh"
 #include "cuda/device/math.cuh"
@@ -60,6 +61,7 @@ __device__ __forceinline__ void start_scores(const WgmmaSmem<T>& s, const ItemVi
 __device__ __forceinline__ void mask_scores(float (&acc)[32], int limit_of_lane, int lane) {
   const int limit0 = __shfl_sync(kFullMask, limit_of_lane, lane / 4);
   const int limit1 = __shfl_sync(kFullMask, limit_of_lane, 8 + lane / 4);
+  asm volatile("" : "+r"(lane));  // or the columns are kept in registers from the first item on
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
     if (i / 4 * 8 + lane % 4 * 2 + i % 2 > (i / 2 % 2 ? limit1 : limit0)) acc[i] = -INFINITY;
@@ -214,10 +216,11 @@ struct TileCursor {
   Ring<T> ring;
 };
 
-// The item in buffer n % kKvBuffers, which has landed.
+// Item n, which has landed.
 template <class T>
 __device__ __forceinline__ ItemView view_item(const FwdArgs& a, const WgmmaSmem<T>& s,
-                                              const Item& item, int n, int buffer) {
+                                              const Item& item, int n) {
+  const int buffer = n % T::kKvBuffers;
   const int segment = a.space.first_segment + item.segment;
   const int range = segment - a.ranges_div.quotient(segment) * a.space.num_ranges;
   ItemView x;
@@ -240,40 +243,36 @@ __device__ __forceinline__ ItemView view_item(const FwdArgs& a, const WgmmaSmem<
   return x;
 }
 
-// Item n; returns false behind the last one. kBuffer = n % kKvBuffers is a constant, so that addresses
-// and descriptors of K and V are too.
-template <class T, int kBuffer>
+// Item n; returns false behind the last one.
+template <class T>
 __device__ __forceinline__ bool consume_item(const FwdArgs& a, const WgmmaSmem<T>& s, int n,
                                              TileCursor<T>& cursor, int warp, int lane) {
   const int entry_buffer = n % T::kEntryBuffers;
   device::mbarrier_wait(s.item_full(entry_buffer), n / T::kEntryBuffers & 1);
   const Item item = s.items()[entry_buffer];
   if (item.count == 0) return false;
-  device::mbarrier_wait(s.kv_full(kBuffer), n / T::kKvBuffers & 1);
-  if constexpr (T::kIsPacked) {
-    device::mbarrier_wait(s.window_full(kBuffer), n / T::kKvBuffers & 1);
+  {
+    const int buffer = n % T::kKvBuffers, parity = n / T::kKvBuffers & 1;
+    device::mbarrier_wait(s.kv_full(buffer), parity);
+    if constexpr (T::kIsPacked) device::mbarrier_wait(s.window_full(buffer), parity);
   }
-  const ItemView view = view_item<T>(a, s, item, n, kBuffer);
-  const int num_tiles = (view.num_rows + T::kTileRows - 1) / T::kTileRows;
+  const ItemView view = view_item<T>(a, s, item, n);
   int tile = cursor.first_tile;
-  for (; tile < num_tiles; tile += T::kGroups, cursor.ring.advance()) {
+  for (; tile * T::kTileRows < view.num_rows; tile += T::kGroups, cursor.ring.advance()) {
     consume_tile<T>(a, s, view, tile, cursor.ring, warp, lane);
   }
-  cursor.first_tile = tile - num_tiles;
+  cursor.first_tile = tile - (view.num_rows + T::kTileRows - 1) / T::kTileRows;
   __syncwarp();  // all lanes are done with the entries
-  if (lane == 0) device::mbarrier_arrive(s.kv_empty(kBuffer));
+  if (lane == 0) device::mbarrier_arrive(s.kv_empty(n % T::kKvBuffers));
   return true;
 }
 
 template <class T>
 __device__ __forceinline__ void consume(const FwdArgs& a, const WgmmaSmem<T>& s, int warp,
                                         int lane) {
-  static_assert(T::kKvBuffers == 2);
   TileCursor<T> cursor{warp / 4, {}};
-  for (int n = 0;; n += 2) {
-    if (!consume_item<T, 0>(a, s, n, cursor, warp, lane)) break;
-    if (!consume_item<T, 1>(a, s, n + 1, cursor, warp, lane)) break;
-  }
+#pragma unroll 1
+  for (int n = 0; consume_item<T>(a, s, n, cursor, warp, lane);) ++n;
 }
 
 template <class T>
