@@ -133,10 +133,13 @@ class Cache:
         bounds = {"max_seqlen_q": self.shape.new, "max_seqlen_k": self.longest}
         return {"cache_seqlens": self.seqlens, "cu_seqlens_q": self.cu, **bounds}
 
-    def move_to(self, start: int, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-        """The new tokens stand at `start` from now on; q, k, v and gates are theirs."""
+    def move_to(
+        self, start: int, seqlens: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> None:
+        """The new tokens stand at `start` from now on, of which `seqlens` is full; q, k, v and gates
+        are theirs."""
         self.longest = start + self.shape.new
-        self.seqlens.fill_(start)
+        self.seqlens = seqlens
         self.q, self.new_k, self.new_v, self.gates = inputs
 
     def attend(self) -> Tensor:
@@ -292,10 +295,12 @@ def _prefill_cases(shape: Shape, seed: int) -> dict[str, Callable[[], object]]:
     # The same tokens both times: what they select decides how long it takes.
     parts = [x.unflatten(0, (shape.batch, -1)).split(shape.new, 1) for x in (q, k, v, gates)]
     chunks = [[x.flatten(0, 1) for x in chunk] for chunk in zip(*parts)]
+    # Lengths are there before, like `cu`.
+    starts = [torch.full_like(cache.seqlens, i * shape.new) for i in range(len(chunks))]
 
     def in_chunks() -> None:
         for i, chunk in enumerate(chunks):
-            cache.move_to(i * shape.new, chunk)
+            cache.move_to(i * shape.new, starts[i], chunk)
             cache.step()
 
     windows = {"kernel_size": c.kernel_size, "kernel_stride": c.kernel_stride}
