@@ -132,9 +132,9 @@ __device__ __forceinline__ void store_chunk_window(const PagedAppendParams& p,
 }  // namespace device
 
 // Grid (groups of units, heads fastest; K and V). kStores: new tokens go to their pages. The limit of
-// registers lets ten CTAs fit an SM.
+// registers lets nine CTAs fit an SM.
 template <class Element, bool kStores>
-__global__ void __launch_bounds__(kChunkThreads, kStores ? 10 : 1)
+__global__ void __launch_bounds__(kChunkThreads, kStores ? 9 : 1)
     paged_append_chunk_kernel(const __grid_constant__ PagedAppendParams p, int units) {
   using namespace device;
   extern __shared__ __align__(16) float chunk_memory[];
