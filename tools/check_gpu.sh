@@ -70,8 +70,9 @@ python_tests() {
 python_tests_alone() { run_pytest -m alone; }
 
 # The Hopper kernels, by parts of their names: one lane arrives on a barrier for its warp, behind
-# __syncwarp(). racecheck credits an arrival to its thread alone and reports the other lanes' accesses.
-export BARRIER_KERNELS='regex=sm90|wgmma|selected_attn_fwd_tiles'
+# __syncwarp(). racecheck credits an arrival to its thread alone and reports the other lanes' accesses. In
+# decode_finish two teams meet at one named barrier in two places of the code.
+export BARRIER_KERNELS='regex=sm90|wgmma|selected_attn_fwd_tiles|decode_finish'
 
 # sanitize <tool> <program>...: what it printed in one piece, since several run at a time; its summary
 # alone if nothing was found.

@@ -151,6 +151,15 @@ constexpr DecodeFinish choose_finish(const DecodeFinishShape& s, bool can_be_wid
   return is_wide ? DecodeFinish{2, true} : DecodeFinish{};
 }
 
+// Whether the compressed branch hands on what its windows add to each block instead of their scores, of which
+// there are four times as many: for windows of 2 d keys and blocks of 4 d, whose chunks of 16 windows are four
+// blocks, and where the heads are summed.
+constexpr bool pools_scores(const DecodeFinish& finish, GroupReduce group_reduce,
+                            int64_t kernel_size, int64_t kernel_stride, int64_t block_size) {
+  return finish.ctas > 0 && group_reduce != GroupReduce::kMax && kernel_size == 2 * kernel_stride &&
+         block_size == 4 * kernel_stride;
+}
+
 // Sequences of so many compressed keys have splits of twice as many: these are work enough for the CTAs that
 // stay, two an SM, and no CTA needs another one.
 constexpr int64_t choose_cmp_long(int64_t units, int64_t tiles, int num_sms) {

@@ -96,6 +96,16 @@ TEST(clusters_follow_the_compressed_branch_while_they_find_room) {
   EXPECT_TRUE(finish_of(1, 131072, 32, 1) == none);   // two tiles of rows a query
 }
 
+TEST(scores_are_pooled_for_a_cluster_where_chunks_are_whole_blocks) {
+  const DecodeFinish cluster{2, true};
+  EXPECT_TRUE(pools_scores(cluster, GroupReduce::kSum, 32, 16, 64));
+  EXPECT_TRUE(pools_scores(cluster, GroupReduce::kFirstHead, 16, 8, 32));
+  EXPECT_TRUE(!pools_scores(cluster, GroupReduce::kMax, 32, 16, 64));
+  EXPECT_TRUE(!pools_scores(cluster, GroupReduce::kSum, 32, 16, 128));
+  EXPECT_TRUE(!pools_scores(cluster, GroupReduce::kSum, 32, 32, 128));
+  EXPECT_TRUE(!pools_scores(DecodeFinish{}, GroupReduce::kSum, 32, 16, 64));
+}
+
 TEST(splits_are_large_where_they_fill_the_device) {
   EXPECT_EQ(choose_cmp_long(64, 1, 132), 3 * 1024 + 1);  // 256 splits of 4095 keys
   EXPECT_EQ(choose_cmp_long(237, 1, 132), 1);

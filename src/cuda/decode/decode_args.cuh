@@ -27,6 +27,8 @@ struct DecodeArgs {
   int block_size, topk, init_blocks, local_blocks, window_size;
   int cmp_split, cmp_splits;  // keys of a split; splits that there is memory for
   int cmp_long;               // compressed keys of a sequence whose splits are twice as large
+  // Instead of the scores of windows there are their sums over blocks: pools_scores().
+  bool has_pooled;
   int sel_entries, sel_splits, win_keys, win_splits, parts;
   bool is_nsa;  // false: the selected branch alone
   bool has_sigmoid, rounds_to_bf16;
@@ -51,6 +53,20 @@ __device__ __forceinline__ int num_cmp_keys(const DecodeArgs& p, int num_keys) {
   if (!p.is_nsa) return 0;
   const int64_t windows = p.cmp_band.last_key(num_keys - 1) + 1;
   return static_cast<int>(min(windows, p.cmp.table.capacity()));
+}
+
+// Instead of its scores a row may hold, for each chunk of 16 windows, what they add to four blocks, and
+// beside it what the last one adds to the next block and the reference of all, a base-2 logarithm.
+template <class Float>
+__device__ __forceinline__ Float* pooled_blocks(Float* row) {
+  return row;
+}
+__device__ __forceinline__ float2* pooled_sides(const DecodeArgs& p, float* row, int chunk) {
+  return reinterpret_cast<float2*>(row + p.scores_pitch / 2) + chunk;
+}
+__device__ __forceinline__ const float2* pooled_sides(const DecodeArgs& p, const float* row,
+                                                      int chunk) {
+  return reinterpret_cast<const float2*>(row + p.scores_pitch / 2) + chunk;
 }
 
 // Compressed keys a split: the sequence's own length decides.

@@ -226,14 +226,16 @@ __device__ __forceinline__ void multiply_values(float (&o)[Traits::kDimV / 8][4]
 }
 
 // Attends to a list of chunks after start_chunks(). The queries are in q_tile. `seen`: what the
-// lane's two rows see. `on_scores(key, s)` is told the products q k of 16 keys.
-template <class Traits, class OnScores>
+// lane's two rows see. `on_scores(key, s)` is told the products q k of 16 keys,
+// `on_probabilities(key, s, reference)` 2^(scaled product - reference of the row).
+template <class Traits, class OnScores, class OnProbabilities>
 __device__ __forceinline__ void attend(DecodeResult<Traits>& result,
                                        const PagedHead<typename Traits::Element>& head,
                                        const KeyChunk* chunks, int num_chunks,
                                        const KeyInterval (&seen)[2], float scale_log2,
                                        uint32_t q_tile, ChunkRing<Traits>& ring, uint64_t policy,
-                                       const OnScores& on_scores) {
+                                       const OnScores& on_scores,
+                                       const OnProbabilities& on_probabilities) {
   using Element = typename Traits::Element;
   constexpr int kStages = Traits::kStages;
   const int thread = reread_thread_index(), lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -268,6 +270,7 @@ __device__ __forceinline__ void attend(DecodeResult<Traits>& result,
     on_scores(key, s[0]);
     uint32_t prob[1][2][2];
     softmax.step(s, prob, result.o, scale_log2);
+    on_probabilities(key, s[0], softmax.max);
     multiply_values<Traits>(result.o[0], prob[0], k_tile + Traits::kKBytes, lane);
     __syncwarp();  // no lane reads the chunk any more
     const int ahead = c + kStages * Traits::kWarps;

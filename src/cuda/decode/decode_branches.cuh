@@ -365,8 +365,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinCtas == 2 ? 3 : 
     start_chunks(head, shared.chunks, shared.num_chunks, ring, policy);
     cp_async_wait<Traits::kStages - 1>();
     __syncthreads();  // the queries have landed
-    attend(result, head, shared.chunks, shared.num_chunks, seen, p.softmax_scale * kLog2E, q_tile,
-           ring, policy, [](int, const float(&)[2][4]) {});
+    attend(
+        result, head, shared.chunks, shared.num_chunks, seen, p.softmax_scale * kLog2E, q_tile,
+        ring, policy, [](int, const float(&)[2][4]) {},
+        [](int, const float(&)[2][4], const float(&)[2]) {});
     leave_result(result, ring, shared.results);
     __syncthreads();
     combine_results<Traits>(shared.results, part_rows(p, tile, part), tile.num_rows, p.head_dim_v);

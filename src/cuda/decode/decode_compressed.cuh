@@ -118,6 +118,31 @@ __device__ __forceinline__ void prepare_queries(const DecodeArgs& p, const Compr
   cp_async_wait<0>();
 }
 
+// Keeps what 16 windows add to four blocks of four, instead of their scores: the four lanes of a row hold
+// windows 8 n + 2 c and the next. The last window counts for the first block of the next chunk, too.
+__device__ __forceinline__ void keep_blocks(const DecodeArgs& p, float* scores, int chunk,
+                                            const float (&x)[2][2], float reference, int lane) {
+  const int c = lane % 4;
+  float block[2];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const float part = c % 2 == 0 ? 2.f * x[n][0] + 2.f * x[n][1] : 2.f * x[n][0] + x[n][1];
+    block[n] = part + __shfl_xor_sync(kFullMask, part, 1);
+    // The window in front: of the pair of lanes in front, or of the other half.
+    const float front = __shfl_sync(kFullMask, x[n][1], lane & ~3 | 1);
+    if (c == 2) block[n] += front;
+  }
+  const float middle = __shfl_sync(kFullMask, x[0][1], lane | 3);
+  if (c == 0) block[1] += middle;
+  if (scores == nullptr) return;
+  if (c % 2 == 0) {
+    float* const to = pooled_blocks(scores) + chunk * 4 + c / 2;
+    to[0] = block[0];
+    to[2] = block[1];
+  }
+  if (c == 3) *pooled_sides(p, scores, chunk) = {x[1][1], reference};
+}
+
 // Attends to one item and leaves the warp's result in shared memory.
 template <class Traits>
 __device__ __forceinline__ void attend_item(const DecodeArgs& p, CompressedShared& shared,
@@ -141,16 +166,27 @@ __device__ __forceinline__ void attend_item(const DecodeArgs& p, CompressedShare
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (scores[i] == nullptr) continue;
+        if (scores[i] == nullptr || p.has_pooled) continue;
         *reinterpret_cast<float2*>(scores[i] + key + n * 8 + lane % 4 * 2) = {s[n][2 * i],
                                                                               s[n][2 * i + 1]};
       }
     }
   };
+  const auto keep_pooled = [&](int key, const float(&s)[2][4], const float(&reference)[2]) {
+    if (!p.has_pooled) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float x[2][2] = {
+          {s[0][2 * i], s[0][2 * i + 1]},
+          {s[1][2 * i], s[1][2 * i + 1]}
+      };
+      keep_blocks(p, scores[i], key / kDecodeChunk, x, reference[i], lane);
+    }
+  };
   DecodeResult<Traits> result;
   const auto head = paged_head<typename Traits::Element>(p, p.cmp, tile.kv_head, work.seq.num_cmp);
   attend(result, head, shared.chunks[buffer], shared.num_chunks[buffer], seen,
-         p.softmax_scale * kLog2E, q_tile, ring, policy, keep_scores);
+         p.softmax_scale * kLog2E, q_tile, ring, policy, keep_scores, keep_pooled);
   leave_result(result, ring, shared.results);
 }
 

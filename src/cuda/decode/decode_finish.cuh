@@ -60,6 +60,7 @@ __device__ __forceinline__ void attend_branches(const DecodeArgs& p, FinishShare
   using Finish = FinishTraits<Traits>;
   const SelectQuery& q = shared.query;
   const auto ignore = [](int, const float(&)[2][4]) {};
+  const auto ignore_too = [](int, const float(&)[2][4], const float(&)[2]) {};
   const float scale = p.softmax_scale * kLog2E;
   DecodeResult<Traits> result;
 #pragma unroll 1
@@ -71,9 +72,6 @@ __device__ __forceinline__ void attend_branches(const DecodeArgs& p, FinishShare
                            reread_thread_index() / kWarpSize * Traits::kWarpBytes};
     const KeyChunk* chunks = shared.chunks[branch];
     const int count = shared.num_chunks[branch];
-    if constexpr (Finish::kIsLate) {
-      if (branch == 0) sync_named<Finish::kThreads>(kScoresBarrier);
-    }
     start_chunks(head, chunks, count, ring, policy);
     if (branch == 0) {
       cp_async_wait<Traits::kStages - 1>();
@@ -85,7 +83,7 @@ __device__ __forceinline__ void attend_branches(const DecodeArgs& p, FinishShare
         {first, last},
         {first, last}
     };
-    attend(result, head, chunks, count, seen, scale, memory, ring, policy, ignore);
+    attend(result, head, chunks, count, seen, scale, memory, ring, policy, ignore, ignore_too);
     leave_result(result, ring, shared.results);
     sync_named<Traits::kThreads>(kAttendBarrier);
     if (branch == 1) break;
@@ -240,7 +238,7 @@ __global__ void __launch_bounds__(FinishTraits<Traits>::kThreads, FinishTraits<T
   wait_for_previous_kernel();
   find_entries<FinishTraits<Traits>, kHeads>(p, q, task, shared, memory, thread);
   list_entries(p, shared.query, shared, thread);
-  arrive_named<2 * Traits::kThreads>(kBlocksBarrier);
+  sync_named<2 * Traits::kThreads>(kBlocksBarrier);
   if (cluster_rank() == 0 && thread < p.topk) {
     const SelectQuery& mine = shared.query;
     p.topk_idx[mine.kv_head * p.topk_head_stride +

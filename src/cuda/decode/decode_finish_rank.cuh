@@ -32,9 +32,6 @@ struct FinishTraits {
   static constexpr int kAttendWarps = Traits::kWarps, kRankWarps = Traits::kWarps;
   static constexpr int kAttendTeam = Traits::kThreads, kRankTeam = Traits::kThreads;
   static constexpr int kThreads = kAttendTeam + kRankTeam;
-  // Wide CTAs start when decode_compressed has left their SM. The copies of the window would then delay
-  // the scores: they wait for these.
-  static constexpr bool kIsLate = kWide > 1;
   static constexpr int kRankKeys = kWide * kDecodeRankKeys;
   static constexpr int kWarpBlocks = kDecodeRankBlocks / 4;  // that a warp ranks
   static constexpr int kQuads = Traits::kDimV / 4;
@@ -72,21 +69,11 @@ struct FinishShared {
   uint64_t has_candidates, has_window, has_selected;
 };
 
-enum FinishBarrier : int {
-  kAttendBarrier = 1,
-  kRankBarrier = 2,
-  kBlocksBarrier = 3,
-  kScoresBarrier = 4
-};
+enum FinishBarrier : int { kAttendBarrier = 1, kRankBarrier = 2, kBlocksBarrier = 3 };
 
 template <int kThreads>
 __device__ __forceinline__ void sync_named(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
-}
-
-template <int kThreads>
-__device__ __forceinline__ void arrive_named(int barrier) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 // The warps that rank.
@@ -125,7 +112,16 @@ __device__ __forceinline__ ScoreTask find_score_task(const DecodeArgs& p, const 
   t.scores =
       p.scores + (static_cast<int64_t>(q.unit) * unit_rows(p) + q.query * p.group) * p.scores_pitch;
   t.lse = lse_of_splits(p, q.unit, q.query * p.group);
-  t.blocks = share_of(q.c.count, cluster_rank(), cluster_size());
+  if (p.has_pooled) {
+    // Whole chunks of four blocks.
+    const Share chunks =
+        share_of(ceil_div(q.c.num_init + q.c.count, 4), cluster_rank(), cluster_size());
+    const int first = min(max(chunks.first * 4 - q.c.num_init, 0), q.c.count);
+    const int end = min(max((chunks.first + chunks.count) * 4 - q.c.num_init, 0), q.c.count);
+    t.blocks = {first, end - first};
+  } else {
+    t.blocks = share_of(q.c.count, cluster_rank(), cluster_size());
+  }
   const int first = (q.c.num_init + t.blocks.first) * per_block;
   t.first_window = first;
   t.end = min(first + t.blocks.count * per_block, visible);
@@ -213,13 +209,68 @@ __device__ __forceinline__ void score_blocks(const DecodeArgs& p, const ScoreTas
   const int count = task.blocks.count;
   prob += 4;
   sum_heads<Finish, kHeads>(p, task, shared, prob, thread);
-  if constexpr (Finish::kIsLate) arrive_named<Finish::kThreads>(kScoresBarrier);
   sync_named<kRankTeam>(kRankBarrier);
   for (int i = thread; i < round_up(count, kWarpBlocks); i += kRankTeam) {
     float sum = pool_block(prob, task.begin, task.first_window + i * per_block, task.end, overlap,
                            per_block);
     if (p.rounds_to_bf16) sum = __bfloat162float(__float2bfloat16_rn(sum));
     score[i] = i < count ? __float_as_uint(sum) + 1 : 0;
+  }
+  sync_named<kRankTeam>(kRankBarrier);
+}
+
+// The same from pooled scores. Two threads a chunk, each for half of the heads.
+template <class Finish>
+__device__ __forceinline__ void score_pooled(const DecodeArgs& p, const SelectQuery& q,
+                                             const ScoreTask& task, FinishShared& shared,
+                                             uint32_t* score, int thread) {
+  constexpr int kRankTeam = Finish::kRankTeam, kHeads = static_cast<int>(kDecodeRows) / 2;
+  const int heads = p.group_reduce == GroupReduce::kFirstHead ? 1 : p.group;
+  const int half = ceil_div(heads, 2), first_head = thread % 2 * half;
+  const int here = min(heads - first_head, half), count = task.blocks.count;
+  const int first_block = q.c.num_init + task.blocks.first;
+  const int chunk = first_block / 4 + thread / 2, chunks = ceil_div(q.s.num_cmp, kDecodeChunk);
+  const bool has_chunk = chunk * 4 < first_block + count;
+  float4 x[kHeads];
+  float2 side[kHeads], front[kHeads];
+  const float* from = task.scores + first_head * p.scores_pitch;
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    x[i] = float4{};
+    side[i] = front[i] = {0.f, -INFINITY};
+    if (i < here && has_chunk) {
+      if (chunk < chunks) {
+        x[i] = __ldcg(reinterpret_cast<const float4*>(pooled_blocks(from)) + chunk);
+        side[i] = __ldcg(pooled_sides(p, from, chunk));
+      }
+      if (chunk > 0) front[i] = __ldcg(pooled_sides(p, from, chunk - 1));
+    }
+    from += p.scores_pitch;
+  }
+  combine_lse<8, RankTeam<kRankTeam>>(p, task.lse, task.splits, shared.lse_log2);
+  sync_named<kRankTeam>(kRankBarrier);
+  float4 sum{};
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    if (i >= here) break;
+    const float lse = shared.lse_log2[first_head + i];
+    add_scaled(sum, exp2_approx(side[i].y - lse), x[i]);
+    sum.x = fmaf(exp2_approx(front[i].y - lse), front[i].x, sum.x);
+  }
+  sum.x += __shfl_xor_sync(kFullMask, sum.x, 1);
+  sum.y += __shfl_xor_sync(kFullMask, sum.y, 1);
+  sum.z += __shfl_xor_sync(kFullMask, sum.z, 1);
+  sum.w += __shfl_xor_sync(kFullMask, sum.w, 1);
+  const float mine[2] = {thread % 2 == 0 ? sum.x : sum.z, thread % 2 == 0 ? sum.y : sum.w};
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int i = chunk * 4 + thread % 2 * 2 + j - first_block;
+    const float rounded =
+        p.rounds_to_bf16 ? __bfloat162float(__float2bfloat16_rn(mine[j])) : mine[j];
+    if (i >= 0 && i < count) score[i] = __float_as_uint(rounded) + 1;
+  }
+  for (int i = count + thread; i < round_up(count, Finish::kWarpBlocks); i += kRankTeam) {
+    score[i] = 0;
   }
   sync_named<kRankTeam>(kRankBarrier);
 }
@@ -299,7 +350,11 @@ __device__ __forceinline__ void find_entries(const DecodeArgs& p, const SelectQu
   }
   if (c.count > c.room && c.room > 0) {
     uint32_t* score = reinterpret_cast<uint32_t*>(memory + 4 + Finish::kRankKeys);
-    score_blocks<Finish, kHeads>(p, task, shared, memory, score, thread);
+    if (p.has_pooled) {
+      score_pooled<Finish>(p, q, task, shared, score, thread);
+    } else {
+      score_blocks<Finish, kHeads>(p, task, shared, memory, score, thread);
+    }
     send_best<Finish>(p, q, task.blocks, score, shared, thread);
     wait_cluster(shared.has_candidates);
     const int count = candidates_a_cta(p.topk) * cluster_size();
@@ -320,8 +375,6 @@ __device__ __forceinline__ void find_entries(const DecodeArgs& p, const SelectQu
       }
       shared.entries[c.num_init + before] = mine;
     }
-  } else if constexpr (Finish::kIsLate) {
-    arrive_named<Finish::kThreads>(kScoresBarrier);
   }
   cp_async_wait<0>();  // the pages
   sync_named<kRankTeam>(kRankBarrier);

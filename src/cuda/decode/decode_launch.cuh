@@ -110,6 +110,8 @@ inline DecodeArgs decode_args(const PagedAttnParams& p) {
   args.has_sigmoid = p.activation == GateActivation::kSigmoid;
   args.rounds_to_bf16 = p.score_dtype == ScoreDType::kBFloat16;
   args.group_reduce = p.group_reduce;
+  args.has_pooled =
+      pools_scores(p.tuning.finish, p.group_reduce, p.kernel_size, p.kernel_stride, p.block_size);
   args.max_blocks = static_cast<int>(ceil_div(p.packing.max_k, p.block_size));
   const int64_t max_cmp = num_windows(p.packing.max_k, p.kernel_size, p.kernel_stride);
   DecodeSplits splits =
