@@ -36,6 +36,22 @@ constexpr int64_t compress_kv_num_chunks(int64_t rows_cmp) {
   return chunks < 1 ? 1 : (chunks > kCompressKvMaxChunks ? kCompressKvMaxChunks : chunks);
 }
 
+// Pooling of windows of two strides: a thread may take this many of them in a row and read the tokens that two
+// share once instead of twice. With fewer threads than these they would wait for each load.
+constexpr int kCompressKvWalk = 4;
+constexpr int64_t kCompressKvWalkers = int64_t{1} << 16;
+
+constexpr int64_t compress_kv_walkers(int64_t rows_cmp, int64_t row_vectors) {
+  return ceil_div<int64_t>(rows_cmp, kCompressKvWalk) * row_vectors;
+}
+
+// `row_vectors`: vectors of 8 elements in all heads of a row.
+constexpr bool compress_kv_walks(int64_t kernel_size, int64_t kernel_stride, int64_t rows_cmp,
+                                 int64_t row_vectors) {
+  return kernel_size == 2 * kernel_stride &&
+         compress_kv_walkers(rows_cmp, row_vectors) >= kCompressKvWalkers;
+}
+
 // Where the fp32 arrays of a call lie in its scratch memory; offsets count floats.
 struct CompressKvScratch {
   int64_t weight;        // [Hkv, l]: the weight of each token of a window; not for linear
