@@ -148,6 +148,48 @@ constexpr size_t dense_attn_workspace(const Problem& p, Arch arch, bool shares_d
                                  .bytes);
 }
 
+// The fused backward: in which order CTAs take the tiles of keys (src/cuda/dense_attn/dense_attn_bwd_order_sm90.cuh).
+inline constexpr int kAllHeads = 1 << 30;
+
+// `width` heads at a time, all their tiles one after the other. With a run, as many more that walk on:
+// `run` tiles of the ones, then `run` of the others.
+struct KeyTileOrder {
+  int width;
+  int run;  // CTAs that the device holds; 0: one width after the other
+};
+
+// Sequences of so many tiles of compressed keys, over all parts, have parts that walk on: fewer start
+// together, and those that walk on would wait for the first one. Sequences of more tiles than were measured
+// have none: with 512 both ways were slower (docs/kernels/dense_attn.md).
+inline constexpr int kTwoWayTiles = 384;
+inline constexpr int kTwoWayMostTiles = 64;  // of a sequence
+
+FSATTN_HOST_DEVICE constexpr bool walks_both_ways(int64_t num_tiles, int parts) {
+  return num_tiles * parts >= kTwoWayTiles && num_tiles <= kTwoWayMostTiles;
+}
+
+// `num_tiles`: of a sequence. Narrow runs take less of the L2, but no run should leave much of the
+// device to the next one, which starts too early then.
+constexpr KeyTileOrder key_tile_order(bool is_compressed, int64_t num_tiles, int parts,
+                                      int num_sms) {
+  if (!is_compressed) return {kAllHeads, 0};
+  if (!walks_both_ways(num_tiles, parts)) return {8, 0};
+  const int half = parts > 1 ? parts / 2 : 1;
+  KeyTileOrder best{half, num_sms};
+  int64_t best_share = 0;
+  for (int width = half < 4 ? half : 4; best_share < 90; width *= 2) {
+    if (width > half) width = half;
+    const int64_t tiles = num_tiles * width;
+    const int64_t share = tiles * 100 / (ceil_div(tiles, int64_t{num_sms}) * num_sms);
+    if (parts % (2 * width) == 0 && share >= best_share) {
+      best.width = width;
+      best_share = share;
+    }
+    if (width == half) break;
+  }
+  return best;
+}
+
 // Of bfloat16, with equal head dims.
 constexpr int example_dense_attn_row(Pass pass, Arch arch, int smem_kib, int64_t head_dim) {
   return find_dense_attn_row(pass, arch, smem_kib * int64_t{1024}, DType::kBFloat16, head_dim,

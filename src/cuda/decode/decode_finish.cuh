@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(FinishTraits<Traits>::kThreads, FinishTraits<T
   wait_for_previous_kernel();
   find_entries<FinishTraits<Traits>, kHeads>(p, q, task, shared, memory, thread);
   list_entries(p, shared.query, shared, thread);
-  sync_named<2 * Traits::kThreads>(kBlocksBarrier);
+  arrive_named<2 * Traits::kThreads>(kBlocksBarrier);
   if (cluster_rank() == 0 && thread < p.topk) {
     const SelectQuery& mine = shared.query;
     p.topk_idx[mine.kv_head * p.topk_head_stride +

@@ -76,6 +76,11 @@ __device__ __forceinline__ void sync_named(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
+template <int kThreads>
+__device__ __forceinline__ void arrive_named(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
 // The warps that rank.
 template <int kThreads>
 struct RankTeam {
