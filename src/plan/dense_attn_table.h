@@ -160,7 +160,7 @@ struct KeyTileOrder {
 
 // Sequences of so many tiles of compressed keys, over all parts, have parts that walk on: fewer start
 // together, and those that walk on would wait for the first one. Sequences of more tiles than were measured
-// have none: with 512 both ways were slower (docs/kernels/dense_attn.md).
+// have none: with 512 it was no gain (docs/kernels/dense_attn.md).
 inline constexpr int kTwoWayTiles = 384;
 inline constexpr int kTwoWayMostTiles = 64;  // of a sequence
 
