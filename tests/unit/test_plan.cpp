@@ -2,8 +2,10 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "plan/compress_kv_table.h"
 #include "plan/cpu_workspace.h"
 #include "plan/cuda_plan.h"
+#include "plan/dense_attn_table.h"
 #include "plan/nsa_plan.h"
 #include "support/test.h"
 
@@ -380,6 +382,30 @@ TEST(workspace_is_linear_in_the_length) {
                   4 * make_plan(scaled(cuda, 1), kH200).workspace_bytes + 65536);
     }
   }
+}
+
+// 65536 threads of four windows: 64K tokens and 8 heads of 128 have twice as many, 16K half of them.
+TEST(pooling_walks_over_windows_of_two_strides_where_threads_are_many) {
+  const int64_t vectors = 8 * 128 / 8;
+  EXPECT_TRUE(compress_kv_walks(32, 16, 4096, vectors));
+  EXPECT_EQ(compress_kv_walkers(4096, vectors), 4096 / 4 * vectors);
+  EXPECT_TRUE(!compress_kv_walks(32, 16, 1024, vectors));
+  EXPECT_TRUE(!compress_kv_walks(64, 16, 4096, vectors));
+}
+
+// Tiles of 128 compressed keys, 132 SMs.
+TEST(the_compressed_backward_walks_both_ways_where_runs_fill_the_device) {
+  const auto order = [](int64_t num_tiles, int parts) {
+    return key_tile_order(true, num_tiles, parts, 132);
+  };
+  EXPECT_EQ(order(64, 32).width, 4);  // 128K tokens: 256 tiles are 97 % of two runs
+  EXPECT_EQ(order(64, 32).run, 132);
+  EXPECT_EQ(order(32, 32).width, 4);
+  EXPECT_EQ(order(12, 32).run, 132);
+  EXPECT_EQ(order(11, 32).run, 0);  // fewer than 384 tiles
+  EXPECT_EQ(order(65, 32).run, 0);  // more tiles of a sequence than were measured
+  EXPECT_EQ(order(65, 32).width, 8);
+  EXPECT_EQ(key_tile_order(false, 512, 8, 132).width, kAllHeads);  // window attention
 }
 
 TEST(kernels_are_counted) { EXPECT_TRUE(compiled_cuda_kernels().rfind("compress_kv 2, ", 0) == 0); }

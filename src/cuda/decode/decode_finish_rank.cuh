@@ -29,9 +29,8 @@ struct FinishTraits {
   static constexpr int kWide = Traits::kWarps / 4;
   static constexpr size_t kPlannedBytes = Traits::kPlannedBytes;
   // Threads of a role.
-  static constexpr int kAttendWarps = Traits::kWarps, kRankWarps = Traits::kWarps;
-  static constexpr int kAttendTeam = Traits::kThreads, kRankTeam = Traits::kThreads;
-  static constexpr int kThreads = kAttendTeam + kRankTeam;
+  static constexpr int kRankWarps = Traits::kWarps, kRankTeam = Traits::kThreads;
+  static constexpr int kThreads = Traits::kThreads + kRankTeam;
   static constexpr int kRankKeys = kWide * kDecodeRankKeys;
   static constexpr int kWarpBlocks = kDecodeRankBlocks / 4;  // that a warp ranks
   static constexpr int kQuads = Traits::kDimV / 4;
